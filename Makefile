@@ -1,0 +1,37 @@
+SHELL := /bin/bash
+OBJECTIVE ?= topd
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock clean
+
+# Models and prompts come from this folder: nothing here asks a model hub.
+demo test: export HF_HUB_OFFLINE := 1
+
+help:
+	@echo "make demo    train the embedded student on this machine and print the table (OBJECTIVE=topd|opd)"
+	@echo "make test    lint, import contracts, types and tests"
+	@echo "make lint    the same without the tests"
+	@echo "make lock    remake requirements/cpu.txt and gpu.txt (UPGRADE=1: newest versions)"
+	@echo "make clean   delete .venv, build/ and caches; keeps runs/"
+	@echo
+	@echo "All but lock and clean set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
+	@echo 'ARGS="..." goes on to the command: make demo ARGS="run.steps=10", make test ARGS="-k buffer"'
+
+setup:
+	@bash requirements/setup.sh
+
+demo: setup
+	.venv/bin/topd run jobs/demo.yaml run.name=demo-$(OBJECTIVE) objective.method=$(OBJECTIVE) $(ARGS)
+
+test: setup
+	@bash tests/run.sh lint tests $(ARGS)
+
+lint: setup
+	@bash tests/run.sh lint
+
+lock:
+	@bash requirements/lock.sh
+
+clean:
+	rm -rf .venv build topd_ray.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

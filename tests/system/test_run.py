@@ -1,0 +1,141 @@
+"""Whole runs of the embedded pair through the command line: what they write, how they stop, how they go on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "run.steps=3",
+    "rollout.prompts_per_step=8",
+    "rollout.max_new_tokens=64",
+    "learner.micro_batch_size=4",
+    "data.arithmetic.num_heldout=16",
+    "data.arithmetic.num_train=64",
+)
+
+
+def command(root: Path, name: str, *overrides: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "topd_ray", "run", "jobs/demo.yaml"),
+        *(f"run.root={root}", f"run.name={name}", *SMALL, *overrides),
+    ]
+
+
+def topd(root: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(root, name, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "export" / "model.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def deterministic(root: Path) -> Path:
+    """A run under Ray with everything fixed, left alone."""
+    topd(root, "alone", "run.deterministic=true")
+    return root / "alone"
+
+
+def test_the_run_folder_holds_what_is_promised(deterministic: Path) -> None:
+    summary = json.loads((deterministic / "summary.json").read_text())
+    assert summary["objective"] == "topd"
+    assert set(summary["accuracy"]) == {"before", "after", "teacher"}
+    assert summary["num_prompts"] == 16
+    assert summary["steps"] == 3
+    assert summary["trained_tokens"] > 3 * 8 * 5
+    assert summary["seconds"] > 0
+    assert (deterministic / "config.yaml").exists()
+    assert (deterministic / "checkpoints" / "latest").read_text() == "step-000003\n"
+    assert list(deterministic.glob("**/events.out.tfevents*"))
+
+
+def test_no_payload_passes_through_the_driver(deterministic: Path) -> None:
+    summary = json.loads((deterministic / "summary.json").read_text())
+    assert summary["driver_payload_bytes"] == 0
+    messages = records(deterministic)[-2]["run/driver_message_bytes"]
+    assert messages < 3 * 8 * 2000 + 40_000, "counts and handles alone: under 2 kB a trajectory"
+
+
+def test_the_student_moves_and_each_step_is_on_policy(deterministic: Path) -> None:
+    steps = [record for record in records(deterministic) if "loss/total" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert [record["run/policy_version"] for record in steps] == [1, 2, 3]
+    assert all(record["mismatch/abs_logprob"] < 1e-3 for record in steps), "rollout and learner score alike in fp32"
+    before = load_file(ROOT / "topd_ray/demo/pair/student/model.safetensors")
+    after = load_file(deterministic / "export" / "model.safetensors")
+    assert set(before) == set(after)
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_the_export_loads_in_transformers(deterministic: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(deterministic / "export")
+    model = AutoModelForCausalLM.from_pretrained(deterministic / "export")
+    logits = model(torch.tensor([tokenizer.encode("1+2")])).logits
+    assert logits.isfinite().all()
+
+
+def test_inline_gives_the_bitwise_same_student(root: Path, deterministic: Path) -> None:
+    topd(root, "inline", "run.deterministic=true", "--inline")
+    assert weights(root / "inline") == weights(deterministic)
+
+
+def test_sigterm_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command_goes_on(
+    root: Path, deterministic: Path
+) -> None:
+    interrupted = command(root, "stopped", "run.deterministic=true", "run.steps=3", "run.checkpoint_every=0")
+    process = subprocess.Popen(interrupted, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = root / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"loss/total"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "checkpoint of update" in output
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in family if psutil.pid_exists(pid)], timeout=20)
+    assert not alive, alive
+    stopped_at = int((root / "stopped" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert 1 <= stopped_at <= 3
+    topd(root, "stopped", "run.deterministic=true", "run.steps=3", "run.checkpoint_every=0")
+    assert weights(root / "stopped") == weights(deterministic)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_batch(root: Path) -> None:
+    exploding = ("learner.learning_rate=1e30", "learner.gradient_clipping=0", "learner.warmup_fraction=0")
+    done = subprocess.run(
+        command(root, "exploded", *exploding, "evaluation.before=false", "evaluation.teacher=false"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: NonFiniteLossError" in done.stderr and "Traceback" not in done.stderr
+    (saved,) = (root / "exploded" / "failed_batch").glob("*.parquet")
+    assert str(saved) in done.stderr
+    assert pq.read_table(saved).num_rows == 8

@@ -1,0 +1,75 @@
+"""Candidates against a brute-force greedy choice."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from topd_ray.errors import DataError
+from topd_ray.objective import select_candidates, token_loss
+
+
+def greedy(losses: list[float], num_wanted: int, min_distance: int) -> list[int]:
+    chosen: list[int] = []
+    for position in sorted(range(len(losses)), key=lambda p: (-losses[p], p)):
+        if len(chosen) < num_wanted and all(abs(position - other) >= min_distance for other in chosen):
+            chosen.append(position)
+    return sorted(chosen)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.floats(0.01, 1.0), st.integers(1, 6))
+def test_matches_brute_force_with_many_ties(losses: list[int], fraction: float, min_distance: int) -> None:
+    chosen = select_candidates(np.array(losses, np.float32), fraction, min_distance)
+    num_wanted = max(1, int(fraction * len(losses) + 0.5))
+    assert chosen.tolist() == greedy([float(loss) for loss in losses], num_wanted, min_distance)
+    assert chosen.dtype == np.int32
+
+
+def test_the_papers_share() -> None:
+    losses = np.random.default_rng(0).random(9688).astype(np.float32)
+    chosen = select_candidates(losses, 0.0225, 1)
+    assert len(chosen) == 218
+    assert losses[chosen].min() >= np.sort(losses)[-218]
+
+
+def test_ties_go_to_the_earlier_position() -> None:
+    assert select_candidates(np.zeros(10, np.float32), 0.3, 1).tolist() == [0, 1, 2]
+    assert select_candidates(np.zeros(10, np.float32), 0.3, 4).tolist() == [0, 4, 8]
+
+
+def test_one_token_is_a_candidate_whatever_the_fraction() -> None:
+    assert select_candidates(np.array([-3.0], np.float32), 0.0001, 5).tolist() == [0]
+
+
+def test_all_tokens_are_candidates_at_fraction_one() -> None:
+    assert select_candidates(np.arange(7, dtype=np.float32), 1.0, 1).tolist() == list(range(7))
+
+
+def test_infinite_loss_ranks_first() -> None:
+    assert select_candidates(np.array([1.0, np.inf, 2.0], np.float32), 0.1, 1).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "fraction", "min_distance", "message"),
+    [
+        ([], 0.1, 1, "at least one token"),
+        ([1.0, float("nan")], 0.1, 1, "position 1 is NaN"),
+        ([1.0], 0.0, 1, "fraction"),
+        ([1.0], 1.5, 1, "fraction"),
+        ([1.0], 0.5, 0, "min_distance"),
+    ],
+)
+def test_refuses(losses: list[float], fraction: float, min_distance: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        select_candidates(np.array(losses, np.float32), fraction, min_distance)
+
+
+def test_token_loss() -> None:
+    teacher = np.array([-4.0, -0.5], np.float32)
+    student = np.array([-1.0, -2.0], np.float32)
+    np.testing.assert_array_equal(token_loss(teacher, student, "teacher_nll"), np.array([4.0, 0.5], np.float32))
+    np.testing.assert_array_equal(token_loss(teacher, student, "sampled_kl"), np.array([3.0, -1.5], np.float32))
+    assert token_loss(teacher, student, "sampled_kl").dtype == np.float32
+    with pytest.raises(DataError, match="one each"):
+        token_loss(teacher, student[:1], "sampled_kl")

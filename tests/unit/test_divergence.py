@@ -1,0 +1,275 @@
+"""The coarse-grained divergences against float64 enumeration of the whole vocabulary."""
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topd_ray.errors import DataError
+from topd_ray.objective import Support, divergence, sampled_policy_gradient
+from topd_ray.objective.divergence import MIN_LOGPROB, DivergenceKind
+
+KINDS = get_args(DivergenceKind)
+BETA = 0.3
+
+
+def full_divergence(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+    def kl(left: Tensor, right: Tensor) -> Tensor:
+        return (left.exp() * (left - right)).sum(1)
+
+    if kind == "reverse":
+        return kl(student_NV, teacher_NV)
+    if kind == "forward":
+        return kl(teacher_NV, student_NV)
+    mixture = (BETA * teacher_NV.exp() + (1 - BETA) * student_NV.exp()).log()
+    return BETA * kl(teacher_NV, mixture) + (1 - BETA) * kl(student_NV, mixture)
+
+
+def logits_pair(seed: int, num_tokens: int, vocabulary: int, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student = scale * torch.randn(num_tokens, vocabulary, generator=generator, dtype=torch.float64)
+    teacher = scale * torch.randn(num_tokens, vocabulary, generator=generator, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def build(teacher_NV: Tensor, sampled_N: Tensor, top_k: int) -> Support:
+    logprobs, ids = teacher_NV.topk(top_k, 1)
+    return Support.build(ids, logprobs, sampled_N, teacher_NV.gather(1, sampled_N[:, None]).squeeze(1))
+
+
+def coarse(logits_NV: Tensor, support: Support, kind: str) -> Tensor:
+    student_NC, _ = support.student_logp(logits_NV)
+    return divergence(student_NC, support.teacher_logp, support.mask, kind, BETA)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whole_vocabulary_gives_the_full_divergence_and_its_gradient(kind: str, dtype: torch.dtype) -> None:
+    student, teacher = logits_pair(0, 8, 12, 2.0, torch.float64)
+    teacher = teacher.log_softmax(1)
+    sampled = torch.arange(8)
+    reference = student.clone().requires_grad_()
+    expected = full_divergence(reference.log_softmax(1), teacher, kind)
+    expected.sum().backward()
+    ours = student.to(dtype).requires_grad_()
+    actual = coarse(ours, build(teacher.to(dtype), sampled, 12), kind)
+    actual.sum().backward()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
+    assert reference.grad is not None and ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), reference.grad, atol=tolerance, rtol=tolerance)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 100_000),
+    st.integers(0, 15),
+    st.sampled_from(KINDS),
+    st.floats(0.0, 12.0),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_never_negative_and_never_above_the_full_divergence(
+    seed: int, top_k: int, kind: str, scale: float, dtype: torch.dtype
+) -> None:
+    student, teacher = logits_pair(seed, 6, 15, scale, torch.float64)
+    teacher = teacher.log_softmax(1)
+    sampled = torch.randint(0, 15, (6,), generator=torch.Generator().manual_seed(seed))
+    ours = student.to(dtype).requires_grad_()
+    support = build(teacher.to(dtype), sampled, top_k)
+    actual = coarse(ours, support, kind)
+    actual.sum().backward()
+    full = full_divergence(student.log_softmax(1), teacher, kind)
+    # 1 - sum knows the teacher's tail q to a few roundings of 1, which moves the divergence by at most roundings / q.
+    slack = 4 * torch.finfo(dtype).eps * (1 / support.teacher_logp[:, -1].exp() + 10 * full)
+    assert bool((actual >= 0.0).all())
+    assert bool((actual.double() <= full + slack).all())
+    assert ours.grad is not None and bool(ours.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [0, 1, 4])
+def test_coarse_graining_by_enumeration(kind: str, top_k: int) -> None:
+    student, teacher = logits_pair(3, 5, 9, 1.5, torch.float64)
+    teacher = teacher.log_softmax(1)
+    sampled = torch.tensor([0, 1, 2, 3, int(teacher[4].argmax())])
+    actual = coarse(student, build(teacher, sampled, top_k), kind)
+    student = student.log_softmax(1)
+    for row in range(5):
+        kept = sorted({*teacher[row].topk(top_k).indices.tolist(), int(sampled[row])})
+        lumped = [
+            torch.cat([logp[row, kept], logp[row, [v for v in range(9) if v not in kept]].logsumexp(0, keepdim=True)])
+            for logp in (student, teacher)
+        ]
+        expected = full_divergence(lumped[0][None], lumped[1][None], kind)
+        torch.testing.assert_close(actual[row : row + 1], expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_teacher_tokens_never_give_less(kind: str) -> None:
+    student, teacher = logits_pair(9, 8, 12, 2.0, torch.float64)
+    teacher = teacher.log_softmax(1)
+    values = torch.stack([coarse(student, build(teacher, torch.arange(8), top_k), kind) for top_k in range(13)])
+    assert bool((values.diff(dim=0) >= -1e-12).all())
+    torch.testing.assert_close(values[-1], full_divergence(student.log_softmax(1), teacher, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [0, 3, 10])
+def test_gradient_against_finite_differences(kind: str, top_k: int) -> None:
+    student, teacher = logits_pair(4, 4, 10, 1.0, torch.float64)
+    support = build(teacher.log_softmax(1), torch.tensor([0, 5, 9, 2]), top_k)
+    assert torch.autograd.gradcheck(lambda logits: coarse(logits, support, kind), student.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [0, 5, 40])
+def test_equal_models_give_no_loss_and_no_gradient(kind: str, top_k: int) -> None:
+    logits, _ = logits_pair(5, 32, 40, 4.0, torch.float32)
+    ours = logits.clone().requires_grad_()
+    actual = coarse(ours, build(logits.log_softmax(1), torch.arange(32), top_k), kind)
+    actual.sum().backward()
+    assert float(actual.detach().max()) < 1e-6
+    assert ours.grad is not None and float(ours.grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
+def test_equal_columns_have_exactly_no_gradient(kind: str) -> None:
+    """Not a constant that only the softmax's backward pass would cancel, up to rounding."""
+    logp = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).log_softmax(1)
+    student = logp.clone().requires_grad_()
+    divergence(student, logp, torch.ones(4, 9, dtype=torch.bool), kind).sum().backward()  # type: ignore[arg-type]
+    assert student.grad is not None and float(student.grad.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tail_below_float_resolution_still_teaches(kind: str) -> None:
+    """The student's tail has mass 1e-13, the teacher's a half: 1 - sum in float32 would see no tail at all."""
+    logits = torch.tensor([[30.0, 0.0, 0.0, 0.0]])
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    ours = logits.clone().requires_grad_()
+    actual = coarse(ours, build(teacher, torch.tensor([0]), 1), kind)
+    actual.sum().backward()
+    reference = logits.double().requires_grad_()
+    lumped = reference.log_softmax(1)
+    lumped = torch.stack([lumped[:, 0], lumped[:, 1:].logsumexp(1)], dim=1)
+    expected = full_divergence(lumped, torch.full((1, 2), 0.5, dtype=torch.float64).log(), kind)
+    expected.sum().backward()
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    assert ours.grad is not None and reference.grad is not None
+    torch.testing.assert_close(ours.grad.double(), reference.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_may_not_make_the_teachers_tail_negative(kind: str) -> None:
+    logprobs = torch.tensor([[0.5, 0.5 + 2e-7, 1e-9]]).log()
+    support = Support.build(torch.tensor([[0, 1, 2]]), logprobs, torch.tensor([0]), logprobs[:, 0])
+    logits = torch.zeros(1, 3, requires_grad=True)
+    actual = coarse(logits, support, kind)
+    actual.sum().backward()
+    assert bool(support.is_floored.all()) and float(actual.detach()) < 20.0
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind: str) -> None:
+    """Columns of log-prob -inf (trl#5594), whatever ids they hold, give the value and gradient of their absence."""
+    student, teacher = logits_pair(6, 6, 11, 2.0, torch.float64)
+    logprobs, ids = teacher.log_softmax(1).topk(3, 1)
+    sampled = torch.arange(6)
+    sampled_logprobs = teacher.log_softmax(1).gather(1, sampled[:, None]).squeeze(1)
+    junk = torch.tensor([-1, 0, 999_999]).expand(6, 3)
+    padded_ids = torch.cat([ids, junk, sampled[:, None]], dim=1)
+    padded_logprobs = torch.cat([logprobs, torch.full((6, 4), -torch.inf)], dim=1)
+    results = []
+    for support in (
+        Support.build(ids, logprobs, sampled, sampled_logprobs),
+        Support.build(padded_ids, padded_logprobs, sampled, sampled_logprobs),
+    ):
+        logits = student.clone().requires_grad_()
+        value = coarse(logits, support, kind)
+        value.sum().backward()
+        assert logits.grad is not None and bool(logits.grad.isfinite().all())
+        results.append((value.detach(), logits.grad))
+    torch.testing.assert_close(results[0], results[1], atol=1e-14, rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_columns_may_hold_anything(kind: str) -> None:
+    student = torch.tensor([[0.5, 0.0, 0.5]]).log().requires_grad_()
+    teacher = torch.tensor([[0.25, 0.0, 0.75]]).log()
+    mask = torch.tensor([[True, False, True]])
+    value = divergence(student, teacher, mask, kind, BETA)  # type: ignore[arg-type]
+    value.sum().backward()
+    expected = full_divergence(student.detach()[:, [0, 2]], teacher[:, [0, 2]], kind)
+    torch.testing.assert_close(value.detach(), expected)
+    assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad[0, 1]) == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unreachable_tokens_stay_finite(kind: str) -> None:
+    """A sampled token that the teacher rules out, a teacher token that the student rules out."""
+    logprobs = torch.tensor([[0.6, 0.4]]).log()
+    support = Support.build(torch.tensor([[0, 1]]), logprobs, torch.tensor([2]), torch.tensor([-torch.inf]))
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, 1.0]], requires_grad=True)
+    value = coarse(logits, support, kind)
+    value.sum().backward()
+    assert 0.0 < float(value.detach()) < -MIN_LOGPROB
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_only_the_student_has_are_pushed_down(kind: str) -> None:
+    """Ids 4.. are the student's padded embedding rows; the teacher spreads all of its mass over 0 .. 3."""
+    teacher = torch.zeros(1, 4).log_softmax(1)
+    support = build(teacher, torch.tensor([1]), 4)
+    logits = torch.zeros(1, 6, requires_grad=True)
+    value = coarse(logits, support, kind)
+    value.sum().backward()
+    assert logits.grad is not None
+    assert bool((logits.grad[0, 4:] > 0.01).all()) and bool((logits.grad[0, :4] < 0).all())
+
+
+def test_student_log_probs_are_of_the_whole_softmax() -> None:
+    student, teacher = logits_pair(7, 5, 30, 3.0, torch.float64)
+    support = build(teacher.log_softmax(1), torch.arange(5), 6)
+    student_NC, normaliser = support.student_logp(student)
+    torch.testing.assert_close(normaliser, student.logsumexp(1))
+    expected = student.log_softmax(1).gather(1, support.ids).masked_fill(~support.mask[:, :-1], 0.0)
+    torch.testing.assert_close(student_NC[:, :-1], expected)
+    mass = (student_NC.exp() * support.mask).sum(1)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+
+
+def test_nan_in_is_nan_out() -> None:
+    logprobs = torch.tensor([[float("nan"), -1.0]])
+    support = Support.build(torch.tensor([[0, 1]]), logprobs, torch.tensor([2]), torch.tensor([-2.0]))
+    assert bool(coarse(torch.zeros(1, 4), support, "reverse").isnan().all())
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(DataError, match="equal shape"):
+        Support.build(torch.zeros(2, 3).long(), torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2))
+
+
+def test_policy_gradient_in_expectation_is_the_gradient_of_the_reverse_kl() -> None:
+    student, teacher = logits_pair(8, 1, 7, 1.0, torch.float64)
+    teacher = teacher.log_softmax(1)[0]
+    behaviour = (student[0] + 0.3 * torch.arange(7).double().sin()).log_softmax(0)
+    reference = student[0].clone().requires_grad_()
+    full_divergence(reference.log_softmax(0)[None], teacher[None], "reverse").sum().backward()
+    ours = student[0].clone().requires_grad_()
+    losses = sampled_policy_gradient(ours.log_softmax(0), teacher, behaviour, importance_clip=1e9)
+    (behaviour.exp() * losses).sum().backward()
+    assert reference.grad is not None and ours.grad is not None
+    torch.testing.assert_close(ours.grad, reference.grad, atol=1e-12, rtol=1e-12)
+
+
+def test_policy_gradient_truncates_its_weight() -> None:
+    student = torch.tensor([-1.0, -1.0], requires_grad=True)
+    losses = sampled_policy_gradient(student, torch.tensor([-3.0, -0.5]), torch.tensor([-4.0, -0.5]), 2.0)
+    losses.sum().backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, torch.tensor([2.0 * 2.0, -float(torch.tensor(-0.5).exp()) * 0.5]))

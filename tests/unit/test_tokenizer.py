@@ -1,0 +1,94 @@
+"""Do student and teacher share a vocabulary?"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from topd_ray.config.schema import ModelConfig, TeacherConfig
+from topd_ray.data.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
+from topd_ray.demo.tokenizer import build_tokenizer
+from topd_ray.errors import ConfigError
+
+
+def model(folder: Path, rows: int = 64, generation: dict[str, Any] | None = None, **changes: Any) -> TeacherConfig:
+    """A model folder with the embedded tokenizer and no weights."""
+    tokenizer = build_tokenizer()
+    if "special" in changes:
+        tokenizer.add_special_tokens({"additional_special_tokens": changes["special"]})
+    if "tokens" in changes:
+        tokenizer.add_tokens(changes["tokens"])
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen3", "vocab_size": rows, "eos_token_id": changes.get("eos", 2)})
+    )
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return TeacherConfig(model=str(folder))
+
+
+def refusal(student: ModelConfig, teacher: TeacherConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_same_vocabulary(student, teacher)
+    return str(caught.value)
+
+
+def test_padded_tails_may_differ(tmp_path: Path) -> None:
+    student = model(tmp_path / "student", rows=72, generation={"eos_token_id": [2, 0]})
+    teacher = model(tmp_path / "teacher", rows=64)
+    assert check_same_vocabulary(student, teacher) == Vocabulary(
+        size=64, eos_ids=(0, 2), student_rows=72, teacher_rows=64
+    )
+
+
+def test_other_ids_for_the_same_tokens(tmp_path: Path) -> None:
+    student = model(tmp_path / "student", rows=80, tokens=["xx", "yy"])
+    teacher = model(tmp_path / "teacher", rows=80, tokens=["yy", "xx", "zz"])
+    assert refusal(student, teacher) == (
+        f"the vocabularies of student.model={student.model} and teacher.model={teacher.model} differ in 3 tokens: "
+        "'xx' is 64 in the student, 65 in the teacher; 'yy' is 65 in the student, 64 in the teacher; "
+        "'zz' is missing in the student, 66 in the teacher. Right would be two models of one tokenizer"
+    )
+
+
+def test_a_token_that_is_special_in_one_only(tmp_path: Path) -> None:
+    student = model(tmp_path / "student", rows=80, tokens=["<|x|>"])
+    teacher = model(tmp_path / "teacher", rows=80, special=["<|x|>"])
+    assert "token 64 ('<|x|>') is special only in teacher.model=" in refusal(student, teacher)
+
+
+def test_fewer_rows_than_tokens(tmp_path: Path) -> None:
+    student = model(tmp_path / "student")
+    teacher = model(tmp_path / "teacher", rows=63)
+    assert refusal(student, teacher) == (
+        f"teacher.model={teacher.model}: found an embedding of 63 rows (vocab_size in config.json) for a tokenizer of "
+        "64 ids, right would be at least as many rows"
+    )
+
+
+def test_top_k_beyond_the_tokens_in_use(tmp_path: Path) -> None:
+    student = model(tmp_path / "student", rows=80)
+    teacher = model(tmp_path / "teacher", rows=80).model_copy(update={"top_k": 65})
+    assert refusal(student, teacher) == "teacher.top_k: found 65, right would be at most the vocabulary of 64 (or full)"
+
+
+def test_no_common_end(tmp_path: Path) -> None:
+    student, teacher = model(tmp_path / "student"), model(tmp_path / "teacher", eos=0)
+    path = tmp_path / "teacher" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"}))
+    assert "stops at the tokens [2], teacher.model=" in refusal(student, teacher)
+
+
+def test_folders_without_a_tokenizer_or_a_config(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*empty cannot be loaded .* right would be a folder"):
+        load_tokenizer(ModelConfig(model=str(tmp_path / "empty")))
+    student, teacher = model(tmp_path / "student"), model(tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenizer.json").write_text('{"broken": 1}')
+    assert f"the tokenizer of {teacher.model} cannot be loaded" in refusal(student, teacher)
+
+
+def test_loading_needs_no_network_for_a_folder(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model(tmp_path / "student").model_copy(update={"revision": "main"}))
+    assert tokenizer.decode([25, 8, 17, 9]) == "\n1+2"

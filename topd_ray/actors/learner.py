@@ -1,0 +1,149 @@
+"""The learner worker: one data-parallel rank of the DeepSpeed learner."""
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, WeightsBundle
+from topd_ray.actors.store import Store
+from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
+from topd_ray.data.arrow import batch_to_guided
+from topd_ray.errors import NonFiniteLossError
+from topd_ray.types import GuidedTrajectory, UpdateReport
+from topd_ray.weights.chunks import pack
+
+
+class LearnerWorker:
+    """One rank. Calls that say 'collective' must be made on every rank."""
+
+    def __init__(
+        self,
+        student: StudentConfig,
+        learner: LearnerConfig,
+        objective: ObjectiveConfig,
+        *,
+        temperature: float,
+        total_updates: int,
+        rank: int,
+        threads: int,
+        seed: int,
+        deterministic: bool,
+        failed_batch_folder: Path,
+        store: Store,
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._num_ranks = learner.num_ranks
+        self._failed_batch_folder = failed_batch_folder
+        self._rollout_dtype = student.dtype
+        self._parts: dict[str, Any] = {
+            "student": student,
+            "learner": learner,
+            "objective": objective,
+            "temperature": temperature,
+            "total_updates": total_updates,
+            "rank": rank,
+            "world_size": learner.num_ranks,
+            "threads": threads,
+            "seed": seed,
+            "deterministic": deterministic,
+        }
+
+    def rendezvous(self) -> str:
+        """An address on this rank's node at which the ranks can meet."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as free:
+            free.bind((address, 0))
+            return f"tcp://{address}:{free.getsockname()[1]}"
+
+    def setup(self, init_method: str | None) -> None:
+        """Load the student; with several ranks, meet the others at `init_method` (collective)."""
+        from topd_ray.engines.learner import LearnerEngine  # DeepSpeed is loaded where it runs, not in the driver
+
+        self._engine = LearnerEngine(**self._parts, init_method=init_method)
+
+    def learn(self, items: Sequence[GuidedItem], normalisers: Normalisers) -> UpdateReport:
+        """Apply one update to this rank's share of a batch (collective).
+
+        Raises NonFiniteLossError with the share saved as Parquet for a look; the weights are then as before.
+        """
+        try:
+            metrics = self._engine.learn(
+                self._fetch(items),
+                num_tokens=normalisers.num_tokens,
+                num_guided=normalisers.num_guided,
+                num_trajectories=normalisers.num_trajectories,
+            )
+        except NonFiniteLossError as error:
+            path = self._save_share(items)
+            raise NonFiniteLossError(f"{error}; this rank's share of the batch is in {path}") from error
+        return UpdateReport(policy_version=self._engine.policy_version, metrics=metrics)
+
+    def preflight(self, items: list[GuidedItem]) -> LearnerCheck:
+        """Compare the learner with whoever scored `items` (collective).
+
+        Every rank is given all of `items`, and the loss is summed over ranks.
+        """
+        guided = self._fetch(items)
+        normalisers = Normalisers.of(items * self._num_ranks)
+        loss = self._engine.loss(
+            guided,
+            num_tokens=normalisers.num_tokens,
+            num_guided=normalisers.num_guided,
+            num_trajectories=normalisers.num_trajectories,
+        )
+        logprobs = self._engine.logprobs([one.trajectory for one in guided])
+        differences = np.concatenate(
+            [np.abs(mine - one.scores.sampled_logprobs) for mine, one in zip(logprobs, guided, strict=True)]
+        )
+        return LearnerCheck(
+            loss=loss, largest_difference=float(differences.max()), mean_difference=float(differences.mean())
+        )
+
+    def pack_weights(self) -> WeightsBundle | None:
+        """Put the current policy's weights into the store (collective); only rank 0 returns them."""
+        import torch
+
+        chunks, fingerprint = pack(self._engine.state_tensors(getattr(torch, self._rollout_dtype)))
+        if self._rank != 0:
+            return None
+        return WeightsBundle(
+            version=self._engine.policy_version,
+            handle=self._store.put(chunks),
+            num_bytes=fingerprint.num_bytes,
+            checksum=fingerprint.checksum,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` needs to go on bitwise (collective)."""
+        self._engine.save(folder)
+
+    def load(self, folder: Path) -> int:
+        """Go on from `folder` (collective); return the policy version found there."""
+        self._engine.load(folder)
+        return self._engine.policy_version
+
+    def export(self, folder: Path) -> None:
+        """Write the student in the Hugging Face layout (collective)."""
+        self._engine.export(folder)
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+    def _fetch(self, items: Sequence[GuidedItem]) -> list[GuidedTrajectory]:
+        return [batch_to_guided(batch) for batch in self._store.get([item.handle for item in items])]
+
+    def _save_share(self, items: Sequence[GuidedItem]) -> Path:
+        self._failed_batch_folder.mkdir(parents=True, exist_ok=True)
+        path = self._failed_batch_folder / f"version-{self._engine.policy_version:06d}-rank-{self._rank}.parquet"
+        unfinished = path.with_suffix(".tmp")
+        batches: list[pa.RecordBatch] = self._store.get([item.handle for item in items])
+        pq.write_table(pa.Table.from_batches(batches), unfinished)
+        unfinished.rename(path)
+        return path

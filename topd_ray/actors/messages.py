@@ -1,0 +1,89 @@
+"""What passes through the driver: counts, ids and handles, never tokens or log-probabilities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from topd_ray.actors.store import Handle
+from topd_ray.types import Metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutChunk:
+    """Trajectories that finished together, as one record batch behind `handle`."""
+
+    handle: Handle
+    trajectory_ids: tuple[str, ...]
+    policy_version: int
+    num_tokens: int
+    """response tokens"""
+    num_bytes: int
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedItem:
+    """One guided trajectory, as a record batch of one row behind `handle`."""
+
+    handle: Handle
+    trajectory_id: str
+    policy_version: int
+    num_tokens: int
+    """response tokens"""
+    num_guided: float
+    """(window, position) pairs the teacher guides"""
+    num_bytes: int
+    distances: tuple[float, ...]
+    """optimal-transport distance of each window, in the order of the positions"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedChunk:
+    """What one look-ahead call made."""
+
+    items: tuple[GuidedItem, ...]
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Items handed out by the buffer until they are acknowledged, or the lease runs out."""
+
+    lease_id: int
+    items: tuple[GuidedItem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisers:
+    """Global sums of one update, by which every rank and micro-batch divides its share of the loss."""
+
+    num_tokens: float
+    num_guided: float
+    num_trajectories: int
+
+    @classmethod
+    def of(cls, items: Sequence[GuidedItem]) -> "Normalisers":
+        return cls(
+            num_tokens=float(sum(item.num_tokens for item in items)),
+            num_guided=float(sum(item.num_guided for item in items)),
+            num_trajectories=len(items),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerCheck:
+    """How the learner sees trajectories that the student's own rollout engine scored (nats per token)."""
+
+    loss: float
+    largest_difference: float
+    """of a sampled token's log-prob"""
+    mean_difference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsBundle:
+    """A policy version ready to be fetched by the rollout engines."""
+
+    version: int
+    handle: Handle
+    num_bytes: int
+    checksum: int

@@ -1,0 +1,142 @@
+"""The rollout worker: a student engine that writes trajectories and takes new weights."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from topd_ray.actors.messages import GuidedItem, RolloutChunk, WeightsBundle
+from topd_ray.actors.store import Store
+from topd_ray.actors.teacher import guided_item
+from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
+from topd_ray.data.arrow import trajectories_to_batch
+from topd_ray.data.tokenizer import load_tokenizer
+from topd_ray.evaluation.answers import graded_answers
+from topd_ray.types import (
+    Completions,
+    GuidedTrajectory,
+    Metric,
+    Prompt,
+    RolloutRequest,
+    SparseTargets,
+    Trajectory,
+    Windows,
+)
+from topd_ray.weights.checksum import WeightReceipt
+from topd_ray.weights.chunks import unpack
+
+FLUSH_SECONDS = 0.05
+"""How long finished trajectories wait for company before they are handed on."""
+
+
+class RolloutWorker:
+    """One student engine and the store its trajectories go to."""
+
+    def __init__(
+        self,
+        student: StudentConfig,
+        rollout: RolloutConfig,
+        evaluation: EvaluationConfig,
+        *,
+        max_prompt_tokens: int,
+        threads: int,
+        seed: int,
+        store: Store,
+    ) -> None:
+        self._store = store
+        self._student = student
+        self._rollout = rollout
+        self._evaluation = evaluation
+        self._max_prompt_tokens = max_prompt_tokens
+        self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
+        self._threads = threads
+        self._seed = seed
+
+    def setup(self) -> None:
+        """Load the student. Not in the constructor, whose errors Ray would not hand on as their own class."""
+        from topd_ray.engines.rollout import RolloutEngine  # vLLM is loaded where it runs, not in the driver
+
+        self._tokenizer = load_tokenizer(self._student)
+        self._engine = RolloutEngine(
+            self._student,
+            self._rollout,
+            max_prompt_tokens=self._max_prompt_tokens,
+            max_new_tokens=max(self._rollout.max_new_tokens, self._answer_tokens),
+            threads=self._threads,
+            seed=self._seed,
+        )
+
+    def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
+        """Yield trajectories as they finish, or with `whole` all of them at the end, in the order of their ids."""
+        finished: list[Trajectory] = []
+        flushed_at = time.monotonic()
+        for trajectory in self._engine.generate(requests):
+            finished.append(trajectory)
+            if not whole and time.monotonic() - flushed_at >= FLUSH_SECONDS:
+                yield self._chunk(finished)
+                finished, flushed_at = [], time.monotonic()
+        if finished:
+            yield self._chunk(sorted(finished, key=lambda trajectory: trajectory.trajectory_id))
+
+    def update_weights(self, bundle: WeightsBundle) -> WeightReceipt:
+        """Serve `bundle.version` from now on."""
+        (chunks,) = self._store.get([bundle.handle])
+        return self._engine.update_weights(bundle.version, unpack(chunks))
+
+    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Completions:
+        """Graded answers of the student as it is now."""
+        return graded_answers(
+            self._engine,
+            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            prompts,
+            self._evaluation,
+            max_new_tokens=self._answer_tokens,
+            seed=seed,
+        )
+
+    def own_teacher(self, requests: Sequence[RolloutRequest], top_k: int | str) -> list[GuidedItem]:
+        """Trajectories scored by the student itself, for the pre-flight: distilling them must change nothing."""
+        trajectories = list(self._engine.generate(requests))
+        sequences = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        scores = self._engine.score(sequences, top_k)
+        return [
+            guided_item(
+                GuidedTrajectory(
+                    trajectory=trajectory,
+                    scores=score,
+                    targets=SparseTargets.empty(trajectory.num_response_tokens),
+                    capped=np.zeros(trajectory.num_response_tokens, np.bool_),
+                    windows=Windows.empty(),
+                ),
+                self._store,
+            )
+            for trajectory, score in zip(trajectories, scores, strict=True)
+        ]
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+    def _chunk(self, trajectories: Sequence[Trajectory]) -> RolloutChunk:
+        batch: pa.RecordBatch = trajectories_to_batch(trajectories)
+        num_tokens = sum(t.num_response_tokens for t in trajectories)
+        return RolloutChunk(
+            handle=self._store.put(batch),
+            trajectory_ids=tuple(t.trajectory_id for t in trajectories),
+            policy_version=self._engine.policy_version,
+            num_tokens=num_tokens,
+            num_bytes=batch.nbytes,
+            metrics=(
+                Metric(key="rollout/response_tokens", sum=num_tokens, count=len(trajectories)),
+                Metric(
+                    key="rollout/cut_by_length",
+                    sum=sum(t.finish_reason == "length" for t in trajectories),
+                    count=len(trajectories),
+                ),
+                Metric(
+                    key="rollout/behaviour_nll",
+                    sum=-float(sum(t.behaviour_logprobs.sum() for t in trajectories)),
+                    count=num_tokens,
+                ),
+            ),
+        )

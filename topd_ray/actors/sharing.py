@@ -1,0 +1,61 @@
+"""How work is shared out among workers of a kind, and how their answers are put together."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from topd_ray.actors.messages import GuidedItem, WeightsBundle
+from topd_ray.errors import WeightSyncError
+from topd_ray.types import Completions, Metric, RolloutRequest, UpdateReport
+from topd_ray.weights.checksum import WeightReceipt
+
+Item = TypeVar("Item")
+
+
+def split_evenly(items: Sequence[Item], num_shares: int) -> list[Sequence[Item]]:
+    """Every n-th item to the n-th worker; workers without an item are left out."""
+    return [share for i in range(num_shares) if (share := items[i::num_shares])]
+
+
+def split_requests(requests: Sequence[RolloutRequest], num_workers: int) -> list[list[RolloutRequest]]:
+    """Whole prompts to the rollout workers, so that the samples of a prompt share its prefix cache."""
+    prompts = list(dict.fromkeys((request.prompt.prompt_id, request.epoch) for request in requests))
+    worker_of = {key: index % num_workers for index, key in enumerate(prompts)}
+    shares: list[list[RolloutRequest]] = [[] for _ in range(num_workers)]
+    for request in requests:
+        shares[worker_of[request.prompt.prompt_id, request.epoch]].append(request)
+    return [share for share in shares if share]
+
+
+def balance_ranks(items: Sequence[GuidedItem], num_ranks: int) -> list[list[GuidedItem]]:
+    """Equally many trajectories for every rank, with about equally many tokens: longest first, back and forth."""
+    ordered = sorted(items, key=lambda item: (-item.num_tokens, item.trajectory_id))
+    shares: list[list[GuidedItem]] = [[] for _ in range(num_ranks)]
+    for index, item in enumerate(ordered):
+        turn, place = divmod(index, num_ranks)
+        shares[place if turn % 2 == 0 else num_ranks - 1 - place].append(item)
+    return [sorted(share, key=lambda item: item.trajectory_id) for share in shares]
+
+
+def merge_completions(parts: Sequence[Completions]) -> Completions:
+    return Completions(
+        correct={prompt_id: marks for part in parts for prompt_id, marks in part.correct.items()},
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_cut=sum(part.num_cut for part in parts),
+    )
+
+
+def merge_reports(reports: Sequence[UpdateReport]) -> UpdateReport:
+    """The ranks' metrics as one report."""
+    metrics: list[Metric] = [metric for report in reports for metric in report.metrics]
+    return UpdateReport(policy_version=reports[0].policy_version, metrics=metrics)
+
+
+def check_receipts(bundle: WeightsBundle, receipts: Sequence[WeightReceipt]) -> int:
+    """The version every engine acknowledged. Raises WeightSyncError where one serves something else."""
+    for worker, receipt in enumerate(receipts):
+        if (receipt.version, receipt.checksum) != (bundle.version, bundle.checksum):
+            raise WeightSyncError(
+                f"rollout worker {worker} serves version {receipt.version} (checksum {receipt.checksum:#x}), "
+                f"the learner published version {bundle.version} (checksum {bundle.checksum:#x})"
+            )
+    return bundle.version

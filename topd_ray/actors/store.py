@@ -1,0 +1,42 @@
+"""Where payloads live between the worker that makes them and the one that uses them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import ray
+
+Payload = Any
+"""An Arrow record batch, or a list of weight chunks."""
+Handle = Any
+"""A ray.ObjectRef, or in one process the payload itself."""
+
+
+class Store(Protocol):
+    """Puts payloads where other workers can get them without a copy through the driver."""
+
+    def put(self, payload: Payload) -> Handle: ...
+
+    def get(self, handles: Sequence[Handle]) -> list[Payload]: ...
+
+
+class LocalStore:
+    """One process: a handle is the payload."""
+
+    def put(self, payload: Payload) -> Handle:
+        return payload
+
+    def get(self, handles: Sequence[Handle]) -> list[Payload]:
+        return list(handles)
+
+
+class RayStore:
+    """Ray's object store; an object lives as long as the worker that put it and anyone who holds its handle.
+
+    `ray.put` always writes to shared memory, whereas a small return value would travel through its caller.
+    """
+
+    def put(self, payload: Payload) -> Handle:
+        return ray.put(payload)
+
+    def get(self, handles: Sequence[Handle]) -> list[Payload]:
+        return list(ray.get(list(handles)))

@@ -1,0 +1,133 @@
+"""The command line: `topd run`, `topd eval`, `topd doctor`.
+
+Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from topd_ray.config.load import check_inputs, dump_config, load_config
+from topd_ray.config.schema import TopdConfig
+from topd_ray.errors import ConfigError, DataError, RunInterrupted, TopdError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command given by `arguments` (default: the process's own); return the exit code."""
+    args = _arguments(arguments)
+    try:
+        return int(args.command(args))
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunInterrupted as error:
+        print(f"{error}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if "SIGTERM" in str(error) else signal.SIGINT)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except TopdError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}; what the last checkpoint holds is safe", file=sys.stderr)
+        return 1
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Train a student."""
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(dump_config(config), end="")
+        return 0
+    check_inputs(config)
+    say = Say()
+    from topd_ray.pipeline.plan import plan_run
+    from topd_ray.pipeline.run import run
+
+    plan = plan_run(config, say)
+    if args.inline:
+        from topd_ray.pipeline.inline import InlineFleet as FleetClass
+    else:
+        from topd_ray.actors.fleet import RayFleet as FleetClass  # type: ignore[assignment]
+    state = run(plan, FleetClass, say)
+    print(summary_table(config, state.accuracy, state.step, state.trained_tokens, state.seconds))
+    return 0
+
+
+def eval_command(args: argparse.Namespace) -> int:
+    """Grade a model on the held-out prompts."""
+    config = load_config(args.config, args.overrides)
+    check_inputs(config, training=False)
+    from topd_ray.pipeline.evaluate import evaluate_model
+
+    evaluate_model(config, args.model, Say())
+    return 0
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """Tell what this machine has and lacks."""
+    from topd_ray import doctor
+
+    return doctor.main()
+
+
+class Say:
+    """Lines of progress, each with the time since the start (minutes:seconds)."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        print(f"[{minutes:2d}:{seconds:02d}] {line}", flush=True)
+
+
+def summary_table(
+    config: TopdConfig, accuracy: dict[str, float], steps: int, trained_tokens: int, seconds: float
+) -> str:
+    """The result of a run, for a terminal."""
+    rows = [("student before", "before"), ("student after", "after"), ("teacher", "teacher")]
+    lines = [f"{'pass@1 on held-out prompts':<30}{config.objective.method:>8}"]
+    lines += [f"  {label:<28}{accuracy[key]:>8.1%}" for label, key in rows if key in accuracy]
+    lines.append(f"{steps} updates, {trained_tokens:,} trained tokens, {seconds:.0f} s; {config.run.folder}/")
+    return "\n".join(lines)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; argparse itself cannot take `key=value` after an option."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    strangers = [one for one in rest if one.startswith("-") or not hasattr(args, "overrides")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="topd", description="Trajectory-aware on-policy distillation on Ray.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="train a student", description=run_command.__doc__, allow_abbrev=False)
+    _config_arguments(run)
+    run.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    run.add_argument("--inline", action="store_true", help="the same steps in one process, for a debugger")
+    run.set_defaults(command=run_command)
+    evaluate = commands.add_parser("eval", help="grade a model", description=eval_command.__doc__, allow_abbrev=False)
+    _config_arguments(evaluate)
+    evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
+    evaluate.set_defaults(command=eval_command)
+    doctor = commands.add_parser("doctor", help="what this machine has and lacks", description=doctor_command.__doc__)
+    doctor.set_defaults(command=doctor_command)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see docs/config.md")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set, for instance run.steps=10")

@@ -1,0 +1,1 @@
+"""What a run is told: the schema of its YAML file, and how the file and the command line become one config."""

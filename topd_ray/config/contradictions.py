@@ -1,0 +1,120 @@
+"""Fields that are right one by one and cannot work together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from topd_ray.config.schema import TopdConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contradiction:
+    """What contradicts what."""
+
+    keys: tuple[str, ...]
+    """dotted keys involved"""
+    text: str
+    """what was found and what would be right"""
+
+
+class ContradictionError(ValueError):
+    """Carries the contradictions out of pydantic's validation."""
+
+    def __init__(self, found: tuple[Contradiction, ...]) -> None:
+        super().__init__("; ".join(f"{', '.join(one.keys)}: {one.text}" for one in found))
+        self.found = found
+
+
+def contradictions(config: "TopdConfig") -> Iterator[Contradiction]:
+    """Every contradiction in `config`."""
+    yield from _of_batch(config)
+    yield from _of_objective(config)
+    yield from _of_learner(config)
+    yield from _of_evaluation(config)
+    yield from _of_engines(config)
+    yield from _of_gpus(config)
+
+
+def _of_batch(config: "TopdConfig") -> Iterator[Contradiction]:
+    per_update = config.learner.num_ranks * config.learner.micro_batch_size
+    if config.batch_size % per_update:
+        yield Contradiction(
+            keys=(
+                "rollout.prompts_per_step",
+                "rollout.samples_per_prompt",
+                "learner.num_ranks",
+                "learner.micro_batch_size",
+            ),
+            text=f"found a batch of {config.rollout.prompts_per_step} x {config.rollout.samples_per_prompt} = "
+            f"{config.batch_size} trajectories for {config.learner.num_ranks} ranks x micro-batches of "
+            f"{config.learner.micro_batch_size}; right would be a batch that {per_update} divides",
+        )
+
+
+def _of_objective(config: "TopdConfig") -> Iterator[Contradiction]:
+    if config.objective.divergence != "sampled_pg":
+        return
+    if config.objective.cap != "none":
+        yield Contradiction(
+            keys=("objective.divergence", "objective.cap"),
+            text=f"found sampled_pg with cap {config.objective.cap}; right would be cap none, or a divergence: "
+            "the policy-gradient form has no token loss to cap",
+        )
+    if config.rollout.top_p < 1.0:
+        yield Contradiction(
+            keys=("objective.divergence", "rollout.top_p"),
+            text=f"found sampled_pg with top_p {config.rollout.top_p}; right would be top_p 1: "
+            "its importance weights are of the whole policy",
+        )
+
+
+def _of_learner(config: "TopdConfig") -> Iterator[Contradiction]:
+    if config.learner.offload_optimizer and config.learner.zero_stage == 0:
+        yield Contradiction(
+            keys=("learner.offload_optimizer", "learner.zero_stage"),
+            text="found offload_optimizer with zero_stage 0; right would be zero_stage 1, 2 or 3",
+        )
+
+
+def _of_evaluation(config: "TopdConfig") -> Iterator[Contradiction]:
+    if config.evaluation.temperature == 0.0 and config.evaluation.num_runs > 1:
+        yield Contradiction(
+            keys=("evaluation.num_runs", "evaluation.temperature"),
+            text=f"found {config.evaluation.num_runs} greedy answers per prompt, which are all the same; "
+            "right would be temperature > 0, or num_runs 1",
+        )
+    if config.evaluation.every > 0 and config.data.heldout is None:
+        yield Contradiction(
+            keys=("evaluation.every", "data.heldout"),
+            text=f"found an evaluation every {config.evaluation.every} updates without held-out prompts; "
+            "right would be every 0, or data.heldout set",
+        )
+
+
+def _of_engines(config: "TopdConfig") -> Iterator[Contradiction]:
+    for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
+        if section.max_batched_tokens < section.max_num_seqs:
+            yield Contradiction(
+                keys=(f"{role}.max_batched_tokens", f"{role}.max_num_seqs"),
+                text=f"found {section.max_batched_tokens} tokens of one forward pass for {section.max_num_seqs} "
+                f"sequences at once; right would be max_batched_tokens of at least max_num_seqs",
+            )
+
+
+def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
+    """Ray hands out several GPUs only whole, and vLLM takes one for each part of a tensor-parallel engine."""
+    sizes = {"rollout": config.rollout.tensor_parallel_size, "teacher": config.teacher.tensor_parallel_size}
+    for role in ("rollout", "teacher", "learner"):
+        num_gpus: float | None = getattr(config.resources, f"gpus_per_{role}")
+        if num_gpus is None:
+            continue
+        key = f"resources.gpus_per_{role}"
+        if num_gpus > 1 and not num_gpus.is_integer():
+            yield Contradiction(keys=(key,), text=f"found {num_gpus:g}; right would be a whole number, or at most 1")
+        elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
+            yield Contradiction(
+                keys=(key, f"{role}.tensor_parallel_size"),
+                text=f"found {num_gpus:g} GPUs for an engine spread over {sizes[role]}; right would be {sizes[role]}, "
+                "unset, or 0 without GPUs",
+            )

@@ -1,0 +1,344 @@
+"""The config of a run. Every field is documented here and nowhere else; docs/config.md is generated from it.
+
+Nothing here imports torch, Ray or vLLM: a config is checked before any of them is loaded.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from topd_ray.config.contradictions import ContradictionError, contradictions
+from topd_ray.config.text import expanded
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+Dtype = Literal["float32", "bfloat16"]
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path whose leading ~ is the home folder from here on, or a name that is none."""
+
+MIN_OBJECT_STORE_BYTES = 75 * 1024**2
+"""Ray's own OBJECT_STORE_MINIMUM_MEMORY_BYTES."""
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, strict about types, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    """The run itself: its name, its folder, its length, and how it resumes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run, also of its folder."""
+    root: PathText = "runs"
+    """Folder that holds the run folders; this run writes to `root/name`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything that is drawn: prompt order, rollouts, sampled teacher windows."""
+    deterministic: bool = False
+    """Fix thread counts and the composition of every batch, so that the same config gives the bitwise same student."""
+    steps: PositiveInt | None = None
+    """Learner updates to make; unset, `epochs` decides."""
+    epochs: PositiveInt = 1
+    """Passes over the training prompts, when `steps` is unset."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """`auto` goes on from the last checkpoint if there is one, `must` insists on one, `never` refuses a used folder."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 50
+    """Updates between two checkpoints; 0 writes one only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept; older ones are deleted after a new one is complete."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class ArithmeticConfig(Section):
+    """The embedded task, used when `data.train` or `data.heldout` says `arithmetic`."""
+
+    difficulty: Annotated[int, Field(ge=1, le=8)] = 4
+    """Largest number of operators in an expression."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the problem generator."""
+    num_train: PositiveInt = 20_000
+    """Distinct training prompts."""
+    num_heldout: PositiveInt = 500
+    """Distinct held-out prompts; none of them is a training prompt, whatever the seed."""
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    train: PathText = "arithmetic"
+    """`arithmetic`, a .jsonl or .parquet file, or a folder written by `datasets.save_to_disk`."""
+    heldout: PathText | None = "arithmetic"
+    """Like `train`, for evaluation; its rows need an `answer`. Unset: no evaluation."""
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    system_prompt: str | None = None
+    """System message put in front of rows that give a `prompt` (rows with `messages` are taken as they are)."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Extra arguments of the chat template, for instance `enable_thinking: false`."""
+    max_prompt_tokens: PositiveInt = 800
+    """Longest prompt, the chat template included (tokens)."""
+    overlong: Literal["error", "skip"] = "error"
+    """What happens to longer prompts: stop with the row's number, or skip and count them."""
+    shuffle: bool = True
+    """Draw the prompts of each epoch in an order of its own."""
+
+
+class ModelConfig(Section):
+    """A model: a Hugging Face folder or a hub name."""
+
+    model: PathText
+    """Local folder in the Hugging Face layout with safetensors, or hub name."""
+    revision: str | None = None
+    """Branch, tag or commit, for hub names."""
+    dtype: Dtype = "bfloat16"
+    """Type of the weights in the inference engine."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class StudentConfig(ModelConfig):
+    """The model that is trained."""
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is learnt from, and its vLLM engines."""
+
+    top_k: PositiveInt | Literal["full"] = 64
+    """Teacher tokens kept per position; `full` keeps the whole vocabulary."""
+    num_workers: PositiveInt = 1
+    """Teacher engines, each a Ray actor."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs an engine is spread over."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of a GPU's memory an engine may take (GPU only)."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences an engine runs at once."""
+    max_batched_tokens: PositiveInt = 2048
+    """Tokens of one forward pass; scoring materialises [tokens, vocabulary] in float32, so this bounds its memory. At
+    least `max_num_seqs`, as each running sequence takes one."""
+    enforce_eager: bool = False
+    """Skip graph capture and compilation: slower steps, faster start."""
+    verify: bool = True
+    """Before the first step compare the engine's scores with a plain forward pass (skipped, and said, above 4 GB)."""
+
+
+class RolloutConfig(Section):
+    """How the student writes, and its vLLM engines."""
+
+    prompts_per_step: PositiveInt = 16
+    """Prompts of one update."""
+    samples_per_prompt: PositiveInt = 4
+    """Rollouts of each prompt; `prompts_per_step * samples_per_prompt` is the batch of one update."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature; student and teacher log-probabilities are taken at it as well."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; 1 samples from the whole distribution."""
+    max_new_tokens: PositiveInt = 8000
+    """Longest response (tokens)."""
+    num_workers: PositiveInt = 1
+    """Rollout engines, each a Ray actor."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs an engine is spread over."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of a GPU's memory an engine may take (GPU only)."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences an engine runs at once."""
+    max_batched_tokens: PositiveInt = 8192
+    """Tokens of one forward pass; at least `max_num_seqs`, as each running sequence takes one."""
+    enforce_eager: bool = False
+    """Skip graph capture and compilation: slower steps, faster start."""
+
+
+class NearFutureConfig(Section):
+    """Which positions the teacher looks ahead from, how far, and how the futures are compared (paper, section 4)."""
+
+    ranking: Literal["teacher_nll", "sampled_kl"] = "teacher_nll"
+    """Loss that ranks candidates: -log p_T(x_t), or log p_S(x_t) - log p_T(x_t)."""
+    candidate_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0225
+    """Share of a trajectory's response tokens taken as candidates (the paper's 218 of 9,688); at least one."""
+    min_distance: PositiveInt = 1
+    """Smallest distance between two candidates (tokens)."""
+    window: PositiveInt = 50
+    """Length K of the near future (tokens)."""
+    teacher_decoding: Literal["greedy", "sample"] = "greedy"
+    """How the teacher continues a prefix."""
+    embedding: Literal["teacher", "student"] = "teacher"
+    """Whose input embeddings give the ground cost 1 - cosine."""
+    transport: Literal["exact", "entropic"] = "exact"
+    """Solver of the transport plan."""
+    entropic_epsilon: Annotated[float, Field(gt=0.0)] = 0.05
+    """Regularisation of the entropic solver (in units of the ground cost)."""
+    false_alarm_quantile: Fraction = 0.3
+    """Candidates below this quantile of the recent transport distances are false alarms and guide nothing."""
+    quantile_window: PositiveInt = 4096
+    """How many of the latest distances the running quantile looks back on."""
+
+
+class ObjectiveConfig(Section):
+    """The loss: L_OPD + guidance_weight * L_traj (paper, section 4)."""
+
+    method: Literal["topd", "opd"] = "topd"
+    """`topd` adds near-future guidance to per-token distillation, `opd` is the latter alone."""
+    divergence: Literal["reverse", "forward", "jsd", "sampled_pg"] = "reverse"
+    """Per-token divergence of student and teacher; `sampled_pg` is the policy-gradient form on sampled tokens."""
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence."""
+    importance_clip: Annotated[float, Field(gt=0.0)] = 2.0
+    """Largest importance weight of `sampled_pg`."""
+    guidance_weight: Annotated[float, Field(ge=0.0)] = 0.3
+    """lambda."""
+    guidance_reduction: Literal["mean", "sum"] = "mean"
+    """L_traj over guided positions: their mean, or their sum per trajectory."""
+    cap: Literal["none", "low_ot", "matched_high_ot"] = "none"
+    """The paper's ablation: cap false alarms, or as many real forks, at the median token loss of their trajectory."""
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed optimiser."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the updates spent on a linear warm-up."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's weight decay."""
+    gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    dtype: Dtype = "bfloat16"
+    """Type of weights and activations; the loss is always computed in float32."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state in CPU memory (GPU only)."""
+    num_ranks: PositiveInt = 1
+    """Data-parallel learner ranks, each a Ray actor."""
+    micro_batch_size: PositiveInt = 4
+    """Trajectories of one forward pass on one rank; the batch is split evenly into these."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    logits_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at once while the loss is computed."""
+
+
+class BufferConfig(Section):
+    """The trajectory buffer: references to record batches in Ray's object store."""
+
+    max_bytes: PositiveInt = 2 * 1024**3
+    """Bytes of referenced record batches; above it, producers wait. A synchronous run, whose batch is taken out only when
+    it is whole, stops with an error if one batch does not fit."""
+    lease_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
+    """A leased trajectory that is not acknowledged within this time is handed out again."""
+
+
+class WeightsConfig(Section):
+    """How a new policy reaches the rollout engines."""
+
+    channel: Literal["object_store"] = "object_store"
+    """Ray's object store (shared memory on one node)."""
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0
+    """How long the engines may take to acknowledge a version."""
+
+
+class EvaluationConfig(Section):
+    """pass@1 on the held-out prompts."""
+
+    before: bool = True
+    """Evaluate the student before the first update."""
+    after: bool = True
+    """Evaluate it after the last one."""
+    teacher: bool = True
+    """Evaluate the teacher as well, once."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Updates between two evaluations during training; 0: none."""
+    num_prompts: PositiveInt | None = None
+    """Held-out prompts used; unset: all."""
+    num_runs: PositiveInt = 1
+    """Answers per prompt, averaged (greedy decoding needs one)."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer (tokens); unset: the rollout's."""
+    grader: Literal["arithmetic", "math"] = "arithmetic"
+    """`arithmetic` compares the final integer exactly, `math` uses math-verify."""
+
+
+class MetricsConfig(Section):
+    """Sinks besides `metrics.jsonl`, which is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+
+
+class ResourcesConfig(Section):
+    """What the actors may use. Unset fields are chosen by what the machine or the cluster has."""
+
+    ray_address: str | None = None
+    """Address of a running Ray cluster (`auto` finds it); unset: the environment's RAY_ADDRESS, or, without that, a
+    cluster of this machine, for this run alone."""
+    gpus_per_rollout: Annotated[float, Field(ge=0.0)] | None = None
+    """GPUs of one rollout worker: 0, a share of one, or its tensor-parallel size; unset: the latter where there are GPUs."""
+    gpus_per_teacher: Annotated[float, Field(ge=0.0)] | None = None
+    """GPUs of one teacher worker: 0, a share of one, or its tensor-parallel size; unset: the latter where there are GPUs."""
+    gpus_per_learner: Annotated[float, Field(ge=0.0)] | None = None
+    """GPUs of one learner rank; unset: 1 where there are GPUs."""
+    threads_per_rollout: PositiveInt = 1
+    """CPU threads of one rollout worker."""
+    threads_per_teacher: PositiveInt = 1
+    """CPU threads of one teacher worker."""
+    threads_per_learner: PositiveInt = 1
+    """CPU threads of one learner rank."""
+    object_store_bytes: Annotated[int, Field(ge=MIN_OBJECT_STORE_BYTES)] | None = None
+    """Ray's object store on this machine; unset: Ray's own choice. Only for a cluster started by the run."""
+
+
+class TopdConfig(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    student: StudentConfig
+    teacher: TeacherConfig
+    rollout: RolloutConfig = RolloutConfig()
+    near_future: NearFutureConfig = NearFutureConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    buffer: BufferConfig = BufferConfig()
+    weights: WeightsConfig = WeightsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def batch_size(self) -> int:
+        """Trajectories of one update."""
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the teacher continues prefixes at all."""
+        return self.objective.method == "topd" or self.objective.cap != "none"
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "TopdConfig":
+        if found := tuple(contradictions(self)):
+            raise ContradictionError(found)
+        return self

@@ -1,0 +1,1 @@
+"""Where prompts come from, in which order they are drawn, and how trajectories travel as Arrow."""

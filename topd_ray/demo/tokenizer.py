@@ -1,0 +1,53 @@
+"""The pair's tokenizer: one character, one token; 64 entries in Hugging Face layout.
+
+The ids are: four special tokens, the three role names of the chat template as single tokens, then the alphabet.
+Encoding and decoding lose nothing within the alphabet; any other character becomes `<|unk|>`.
+"""
+
+import string
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PAD, START, END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
+SPECIALS = (PAD, START, END, UNKNOWN)
+ROLES = ("system", "user", "assistant")
+ALPHABET = string.digits + "+-*()=# \n" + string.ascii_lowercase + ".,?!:;/'\"_<>"
+MAX_TOKENS = 512
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer with its chat template; ids follow the order of SPECIALS, ROLES, ALPHABET."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *ROLES, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_TOKENS,
+        padding_side="left",
+    )
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerFast, expression: str) -> list[int]:
+    """Token ids of `expression` as a user's turn, up to where the assistant starts to write."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": expression}], add_generation_prompt=True, tokenize=False
+    )
+    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return token_ids

@@ -1,0 +1,1 @@
+"""Rollout, teacher and learner engines as plain classes."""

@@ -1,0 +1,48 @@
+"""Writing the student in the Hugging Face layout, which transformers, vLLM and lm-evaluation-harness read as it is."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topd_ray.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "tokenization_*.py",
+)
+"""Copied byte by byte: loading and saving a tokenizer may change it."""
+
+
+def write_student(model: Any, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """config.json, generation_config.json and safetensors; `tensors` are full weights under hub names."""
+    model.save_pretrained(folder, state_dict=tensors, save_original_format=False)
+
+
+def copy_tokenizer(source: str, revision: str | None, folder: Path) -> None:
+    """Copy the tokenizer's files from a local folder or, by hub name, from the local cache (or the hub).
+
+    Raises CheckpointError if there are none.
+    """
+    found = _local(source, revision)
+    paths = {path for pattern in TOKENIZER_FILES for path in found.glob(pattern) if path.is_file()}
+    if not paths:
+        raise CheckpointError(f"no tokenizer files in {found}: an export needs at least one of {TOKENIZER_FILES}")
+    for path in sorted(paths):
+        shutil.copyfile(path, folder / path.name)
+
+
+def _local(source: str, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, revision=revision, allow_patterns=list(TOKENIZER_FILES)))

@@ -1,0 +1,63 @@
+"""What vLLM engines share with the process they live in: environment, threads, and torch.distributed's groups."""
+
+import gc
+import os
+
+import torch
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Set before vLLM is imported, unless the user has set them. The engine core lives in this process, not in another."""
+
+
+class EngineSlots:
+    """Counts the vLLM engines of this process, because they share vLLM's process groups.
+
+    The last one to leave takes down vLLM's groups, and torch's default group if an engine made it: whoever else uses
+    that group must be done by then.
+    """
+
+    def __init__(self) -> None:
+        self._num_engines = 0
+        self._owns_default_group = False
+
+    def enter(self) -> None:
+        """Call before an engine is built."""
+        if self._num_engines == 0:
+            self._owns_default_group = not torch.distributed.is_initialized()
+        self._num_engines += 1
+
+    def leave(self) -> None:
+        """Call after an engine is shut down."""
+        self._num_engines -= 1
+        if self._num_engines == 0:
+            _destroy_groups(destroy_default=self._owns_default_group)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+SLOTS = EngineSlots()
+
+
+def prepare_process(threads: int) -> None:
+    """Set environment and thread count. vLLM's first CPU engine freezes torch's thread count of the process."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(threads)
+
+
+def _destroy_groups(*, destroy_default: bool) -> None:
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+        parallel_state._NODE_COUNT = None
+    if destroy_default and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,179 @@
+"""The student's engine: writes trajectories, answers evaluation prompts, and takes new weights.
+
+Axes: T response tokens of one trajectory.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from topd_ray.config.schema import RolloutConfig, StudentConfig
+from topd_ray.engines.checkpoint import checkpoint_folder, head_is_tied, tensor_shapes
+from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, VllmEngine
+from topd_ray.errors import RolloutError, WeightSyncError
+from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
+from topd_ray.weights.checksum import WeightReceipt, fingerprint
+from topd_ray.weights.naming import ExpectedTensors
+
+MAX_RPC_BYTES = 512 * 1024**2
+"""Weights handed to vLLM's workers in one call; they may be other processes."""
+
+
+class RolloutEngine:
+    """One vLLM engine that serves the student at `policy_version`.
+
+    Not thread-safe, and weights change only between two calls. Raises ConfigError if vLLM cannot run the model.
+    """
+
+    def __init__(
+        self,
+        student: StudentConfig,
+        rollout: RolloutConfig,
+        *,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        threads: int,
+        seed: int,
+    ) -> None:
+        self._rollout = rollout
+        self._expected = ExpectedTensors(
+            shapes=tensor_shapes(checkpoint_folder(student)), tied_head=head_is_tied(student)
+        )
+        self._engine = VllmEngine(
+            student,
+            rollout,
+            temperature=rollout.temperature,
+            max_model_len=max_prompt_tokens + max_new_tokens,
+            threads=threads,
+            seed=seed,
+            error=RolloutError,
+        )
+        self._policy_version = 0
+        self._serves_whole_policy = True
+
+    @property
+    def policy_version(self) -> int:
+        """Version of the weights in the engine; 0 is the checkpoint it was built from."""
+        return self._policy_version
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[Trajectory]:
+        """Write one trajectory per request, yielding each as it finishes.
+
+        Behaviour log-probs are of the distribution the tokens were drawn from: log_softmax(logits / temperature) over
+        the tokenizer's tokens, renormalised over the nucleus where top_p < 1. A response has at least one token, maybe
+        just the end-of-sequence token. Leaving the loop early drops the other requests.
+        """
+        self._check_whole()
+        draws = (
+            (
+                request,
+                request.prompt.token_ids,
+                Draw(
+                    max_tokens=self._rollout.max_new_tokens,
+                    temperature=self._rollout.temperature,
+                    top_p=self._rollout.top_p,
+                    seed=request.seed,
+                    with_logprobs=True,
+                ),
+            )
+            for request in requests
+        )
+        for done in self._engine.generate(draws):
+            yield self._trajectory(done)
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> list[list[Completion]]:
+        """`num_samples` answers to each prompt, as (token ids, finish reason); temperature 0 is greedy."""
+        self._check_whole()
+        return self._engine.complete(
+            prompts,
+            num_samples=num_samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+
+    def score(self, sequences: Sequence[tuple[TokenIds, TokenIds]], top_k: int | str) -> list[TeacherScores]:
+        """Score (prompt ids, response ids) with the student's own weights (see VllmEngine.score)."""
+        self._check_whole()
+        return self._engine.score(sequences, top_k)
+
+    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightReceipt:
+        """Serve `version` from now on: all tensors of the checkpoint under their Hugging Face names.
+
+        The tensors are held together while they load. Raises WeightSyncError, with the engine as it was, if a name is
+        missing, unknown or double, a shape is wrong, or requests are running.
+        """
+        if self._engine.is_busy:
+            raise WeightSyncError("the engine is still generating: exhaust or close the iterator before new weights")
+        received = list(tensors)
+        named = self._expected.check(received)
+        receipt = fingerprint(received)
+        self._serves_whole_policy = False
+        self._engine.rpc("start_weight_update")
+        for part in _parts(named):
+            self._engine.rpc("update_weights", {"weights": part})
+        self._engine.rpc("finish_weight_update")
+        if not self._engine.reset_prefix_cache():
+            raise WeightSyncError("vLLM did not reset its prefix cache: the engine would mix two policies")
+        self._policy_version = version
+        self._serves_whole_policy = True
+        return WeightReceipt(
+            version=version,
+            num_tensors=receipt.num_tensors,
+            num_bytes=receipt.num_bytes,
+            checksum=receipt.checksum,
+        )
+
+    def shutdown(self) -> None:
+        """Free the engine; a second call does nothing."""
+        self._engine.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _check_whole(self) -> None:
+        if not self._serves_whole_policy:
+            raise WeightSyncError("a weight update broke off halfway: update the weights again, or restart the engine")
+
+    def _trajectory(self, done: Finished[RolloutRequest]) -> Trajectory:
+        request = done.key
+        return Trajectory(
+            trajectory_id=request.trajectory_id,
+            prompt_id=request.prompt.prompt_id,
+            sample_index=request.sample_index,
+            epoch=request.epoch,
+            policy_version=self._policy_version,
+            finish_reason=done.reason,
+            prompt_ids=np.asarray(request.prompt.token_ids, np.int32),
+            response_ids=np.asarray(done.token_ids, np.int32),
+            behaviour_logprobs=np.asarray(done.logprobs, np.float32),
+        )
+
+
+def _parts(named: Sequence[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Runs of tensors of at most MAX_RPC_BYTES together (one larger tensor goes alone)."""
+    part: list[tuple[str, torch.Tensor]] = []
+    num_bytes = 0
+    for name, tensor in named:
+        if part and num_bytes + tensor.nbytes > MAX_RPC_BYTES:
+            yield part
+            part, num_bytes = [], 0
+        part.append((name, tensor))
+        num_bytes += tensor.nbytes
+    if part:
+        yield part

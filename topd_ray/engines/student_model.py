@@ -1,0 +1,197 @@
+"""The student with its loss inside its forward pass.
+
+Axes: B trajectories, L positions, N response tokens, D width of the model, V vocabulary.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from topd_ray.config.schema import LearnerConfig, StudentConfig
+from topd_ray.engines.collate import MicroBatch, TokenBatch
+from topd_ray.errors import ConfigError
+from topd_ray.objective.loss import LossMetrics, LossSpec, student_logprobs, topd_loss
+
+PROBE_TOKENS = 8
+PADDED_ROW_LOGIT = -1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTotals:
+    """Sums over the whole batch of an update, all ranks and micro-batches: what shares of the loss are divided by."""
+
+    num_tokens: float
+    """response tokens"""
+    num_guided: float
+    """(window, position) pairs"""
+    num_trajectories: int
+
+
+class LossHead(nn.Module):
+    """Output layer and loss in one, so that no [N, V] tensor of logits ever exists.
+
+    It owns the output layer's parameters as its own, tied or not: under ZeRO-3 the hooks of this module gather them
+    before its forward and backward pass. Rows from `num_tokens` on pad the embedding and get no probability, as in the
+    inference engines: by a bias, since cutting the weight to an odd number of rows would slow the product down.
+    """
+
+    padding_V: torch.Tensor | None
+
+    def __init__(self, head: nn.Linear, spec: LossSpec, num_tokens: int) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+        self.spec = spec
+        padding_V = None
+        if num_tokens < head.out_features:
+            if spec.logit_softcap is not None:
+                raise ConfigError(
+                    f"the student's head has {head.out_features} rows for {num_tokens} tokens, and bounds its logits: "
+                    "the padded rows cannot be left out"
+                )
+            padding_V = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
+            padding_V[num_tokens:] = PADDED_ROW_LOGIT
+        self.register_buffer("padding_V", padding_V, persistent=False)
+
+    def forward(
+        self, hidden_ND: torch.Tensor, batch: MicroBatch | TokenBatch, totals: BatchTotals | None
+    ) -> tuple[torch.Tensor, LossMetrics | None]:
+        if isinstance(batch, TokenBatch):
+            return self._sampled_logprobs(hidden_ND, batch), None
+        assert totals is not None, "a loss needs the totals of its batch"
+        return topd_loss(
+            hidden_ND,
+            self.weight,
+            batch.loss,
+            self.spec,
+            num_tokens=totals.num_tokens,
+            num_guided=totals.num_guided,
+            num_trajectories=totals.num_trajectories,
+            head_bias=self._whole_bias(),
+        )
+
+    def _sampled_logprobs(self, hidden_ND: torch.Tensor, tokens: TokenBatch) -> torch.Tensor:
+        return student_logprobs(
+            hidden_ND,
+            self.weight,
+            tokens.sampled_ids_N,
+            self.spec.temperature,
+            self.spec.chunk_tokens,
+            logit_softcap=self.spec.logit_softcap,
+            head_bias=self._whole_bias(),
+        )
+
+    def _whole_bias(self) -> torch.Tensor | None:
+        if self.padding_V is None or self.bias is None:
+            return self.bias if self.padding_V is None else self.padding_V
+        return self.bias + self.padding_V
+
+
+class StudentWithLoss(nn.Module):
+    """A causal language model that returns a loss (or the sampled tokens' log-probabilities) instead of logits."""
+
+    def __init__(self, model: Any, spec: LossSpec, num_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = LossHead(model.get_output_embeddings(), spec, num_tokens)
+
+    def forward(
+        self, batch: MicroBatch | TokenBatch, totals: BatchTotals | None = None
+    ) -> tuple[torch.Tensor, LossMetrics | None]:
+        """(loss, metrics) of a MicroBatch, ([N] log-probabilities in nats, None) of a TokenBatch."""
+        tokens = batch if isinstance(batch, TokenBatch) else batch.tokens
+        hidden_BLD = self.model.base_model(input_ids=tokens.input_ids_BL, use_cache=False).last_hidden_state
+        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, tokens.predictor_N)
+        value, metrics = self.head(hidden_ND, batch, totals)
+        return value, metrics
+
+
+def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.device) -> Any:
+    """The student as a Hugging Face model in the learner's dtype, ready to train.
+
+    Raises ConfigError if it cannot be read, or if its logits are not a linear layer of its last hidden state.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    on_gpu = device.type == "cuda"
+    flash = on_gpu and learner.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            student.model,
+            revision=student.revision,
+            dtype=getattr(torch, learner.dtype),
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            trust_remote_code=student.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"student.model={student.model!r} cannot be loaded: {error}") from error
+    model = model.to(device)
+    check_head(model)
+    if learner.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def logit_softcap(model: Any) -> float | None:
+    """Bound of the logits (Gemma 2), if the model has one."""
+    bound = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return None if bound is None else float(bound)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise ConfigError unless output layer and softcap alone turn the last hidden state into the model's logits."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(f"the student's output layer is {type(head).__name__}, and should be a torch.nn.Linear")
+    model.eval()
+    ids = torch.arange(min(PROBE_TOKENS, head.out_features), device=head.weight.device)[None]
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = head(hidden).float()
+    softcap = logit_softcap(model)
+    if softcap is not None:
+        ours = softcap * torch.tanh(ours / softcap)
+    if not torch.allclose(theirs, ours, rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f"the logits of {type(model).__name__} are not its output layer applied to its last hidden state, they "
+            f"differ by up to {(theirs - ours).abs().max():.3g}: a student with another kind of head is not supported"
+        )
+
+
+def layers_of(model: Any) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Parameters and persistent buffers under their names in `model`, a layer at a time; of tied ones, the one kept.
+
+    Under ZeRO-3 the tensors are empty until they are gathered.
+    """
+    skipped = set(getattr(model, "all_tied_weights_keys", None) or ())
+    seen: set[int] = set()
+    entries: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen and name not in skipped:
+            seen.add(id(tensor))
+            entries.append((name, tensor))
+    for _, layer in groupby(entries, key=lambda entry: _layer_name(entry[0])):
+        yield list(layer)
+
+
+def to_hub_names(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` as the model's files would hold them: some classes rename or fuse weights (experts) when they load."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return converted
+
+
+def _layer_name(name: str) -> str:
+    """Up to the first number: `model.layers.3`, or the module's name outside of the layers."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1])

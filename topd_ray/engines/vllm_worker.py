@@ -1,0 +1,120 @@
+"""What runs inside vLLM's workers, which import this module by name (`worker_extension_cls`)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+WEIGHT_BACKEND = "topd_memory"
+
+
+class WorkerExtension:
+    """Methods vLLM mixes into its worker class."""
+
+    model_runner: Any
+    use_v2_model_runner: bool
+
+    def shape_logits(self, temperature: float, vocabulary_size: int) -> int:
+        """Make the model's logits float32, divided by `temperature`, and -inf above `vocabulary_size`.
+
+        Sampling and scoring then see one distribution, the one at the rollout's temperature over real tokens. Returns
+        how many logits processors the model has: 1 where this can work.
+        """
+        found = [module for module in self.model_runner.get_model().modules() if isinstance(module, LogitsProcessor)]
+
+        def shape(_module: nn.Module, _inputs: Any, logits_NV: torch.Tensor | None) -> torch.Tensor | None:
+            if logits_NV is None:
+                return None
+            shaped_NV = logits_NV.float()
+            if temperature != 1.0:
+                shaped_NV /= temperature
+            shaped_NV[..., vocabulary_size:] = -torch.inf
+            return shaped_NV
+
+        for processor in found:
+            processor.register_forward_hook(shape)
+        return len(found)
+
+    def keep_seeds_while_prefilling(self) -> None:
+        """Let a seeded request on a CPU draw nothing before its prompt is whole.
+
+        vLLM samples after every chunk of a prompt, throws the token away, and winds the request's generator back by an
+        offset, which only GPU generators have: a seeded request with a chunked prompt would end the engine.
+        """
+        runner = self.model_runner
+        if not current_platform.is_cpu() or self.use_v2_model_runner:
+            return
+        sample_tokens = runner.sample_tokens
+
+        def sample_finished_prompts(grammar_output: Any) -> Any:
+            generators = runner.input_batch.generators
+            is_partial = runner.discard_request_mask.np[: runner.input_batch.num_reqs]
+            kept = {row: generators.pop(row) for row in list(generators) if is_partial[row]}
+            try:
+                return sample_tokens(grammar_output)
+            finally:
+                generators.update(kept)
+
+        runner.sample_tokens = sample_finished_prompts
+
+
+@dataclass
+class MemoryInit(WeightTransferInitInfo):
+    """Nothing to agree on."""
+
+
+@dataclass
+class MemoryUpdate(WeightTransferUpdateInfo):
+    """One chunk of a policy."""
+
+    weights: list[tuple[str, torch.Tensor]]
+    """Hugging Face names and tensors, on any device"""
+
+
+class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
+    """Weights that are in this process's memory already, or come with the call."""
+
+    init_info_cls = MemoryInit
+    update_info_cls = MemoryUpdate
+
+    def init_transfer_engine(self, init_info: MemoryInit) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: MemoryUpdate) -> None:
+        self.model.load_weights(update_info.weights)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing to disconnect."""
+
+
+def repack_heads(model: nn.Module) -> None:
+    """Let CPU heads follow their weights.
+
+    vLLM's CPU kernels multiply with a packed copy. A tied head loads no weight of its own, so that vLLM's reload leaves
+    its packed copy as it was: the model would go on with the old head and the new embedding.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+WeightTransferEngineFactory.register_engine(WEIGHT_BACKEND, MemoryTransfer)

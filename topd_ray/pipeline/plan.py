@@ -1,0 +1,113 @@
+"""What a run will do, settled before any engine loads: prompts, length, and the checkpoint to go on from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from topd_ray.config.schema import TopdConfig
+from topd_ray.data.prompts import load_prompts
+from topd_ray.data.schedule import PromptSchedule
+from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
+from topd_ray.errors import ConfigError
+from topd_ray.objective import RunningQuantile
+from topd_ray.pipeline.checkpoint import Checkpoints, RunState
+from topd_ray.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a run needs besides its workers."""
+
+    config: TopdConfig
+    train: tuple[Prompt, ...]
+    heldout: tuple[Prompt, ...]
+    total_updates: int
+    schedule: PromptSchedule
+    distances: RunningQuantile
+    """of recent transport distances"""
+    state: RunState
+    """where the run stands: at its start, or at its newest checkpoint"""
+    learner_folder: Path | None
+    """of that checkpoint; None at the start"""
+
+
+def plan_run(config: TopdConfig, say: Say) -> Plan:
+    """Read tokenizers, prompts and the newest checkpoint.
+
+    Raises ConfigError, DataError or CheckpointError for whatever cannot work; nothing has been written by then.
+    """
+    check_same_vocabulary(config.student, config.teacher)
+    tokenizer = load_tokenizer(config.student)
+    loaded = load_prompts(config.data.train, config.data, tokenizer, "train")
+    _say_skipped(loaded.num_skipped_overlong, config.data.train, config, say)
+    schedule = PromptSchedule(
+        num_prompts=len(loaded.prompts),
+        prompts_per_step=config.rollout.prompts_per_step,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+    )
+    distances = RunningQuantile(config.near_future.false_alarm_quantile, config.near_future.quantile_window)
+    found = _find_checkpoint(config)
+    if found is not None:
+        schedule.load_state(found[0].schedule)
+        distances = RunningQuantile.from_state(found[0].quantile)
+    return Plan(
+        config=config,
+        train=loaded.prompts,
+        heldout=load_heldout(config, tokenizer, say),
+        total_updates=_total_updates(config, len(loaded.prompts), say),
+        schedule=schedule,
+        distances=distances,
+        state=found[0] if found else RunState(schedule=schedule.state(), quantile=distances.state()),
+        learner_folder=found[1] if found else None,
+    )
+
+
+def load_heldout(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", say: Say) -> tuple[Prompt, ...]:
+    """The prompts of an evaluation; none where data.heldout is unset. Raises ConfigError for a row without answer."""
+    if config.data.heldout is None:
+        return ()
+    loaded = load_prompts(config.data.heldout, config.data, tokenizer, "heldout")
+    _say_skipped(loaded.num_skipped_overlong, config.data.heldout, config, say)
+    for number, prompt in enumerate(loaded.prompts, start=1):
+        if not prompt.answer:
+            raise ConfigError(f"data.heldout={config.data.heldout}: prompt {number} has no answer to grade against")
+    return loaded.prompts[: config.evaluation.num_prompts]
+
+
+def _say_skipped(num_skipped: int, source: str, config: TopdConfig, say: Say) -> None:
+    if num_skipped:
+        say(f"{source}: skipped {num_skipped} prompts of more than {config.data.max_prompt_tokens} tokens")
+
+
+def _total_updates(config: TopdConfig, num_prompts: int, say: Say) -> int:
+    if config.run.steps is not None:
+        return config.run.steps
+    steps, unused = divmod(num_prompts * config.run.epochs, config.rollout.prompts_per_step)
+    if steps < 1:
+        raise ConfigError(
+            f"{num_prompts} training prompts do not fill one update of rollout.prompts_per_step="
+            f"{config.rollout.prompts_per_step}"
+        )
+    if unused:
+        say(f"the last {unused} prompts of the last epoch do not fill an update and are left out")
+    return steps
+
+
+def _find_checkpoint(config: TopdConfig) -> tuple[RunState, Path] | None:
+    """The checkpoint `run.resume` asks for. Raises ConfigError where it contradicts the run folder."""
+    folder = config.run.folder.absolute()
+    if config.run.resume == "never":
+        if (folder / "metrics.jsonl").exists():
+            raise ConfigError(f"{config.run.folder} is in use and run.resume=never: choose another run.name")
+        return None
+    found = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).load()
+    if config.run.resume == "must" and found is None:
+        raise ConfigError(f"{config.run.folder} holds no checkpoint and run.resume=must")
+    return found

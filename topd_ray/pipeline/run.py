@@ -1,0 +1,235 @@
+"""A whole run: build the fleet, check it, resume, train, evaluate, export, shut down."""
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from topd_ray.config.load import dump_config
+from topd_ray.config.schema import TopdConfig
+from topd_ray.data.schedule import rollout_requests
+from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError
+from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
+from topd_ray.metrics.records import reduce
+from topd_ray.metrics.sinks import Sinks
+from topd_ray.metrics.timing import Stopwatch
+from topd_ray.pipeline.checkpoint import Checkpoints, RunState, write_whole
+from topd_ray.pipeline.fleet import Fleet
+from topd_ray.pipeline.interrupt import Interrupt
+from topd_ray.pipeline.plan import Plan, Say
+from topd_ray.pipeline.preflight import NUM_PROMPTS, preflight
+from topd_ray.pipeline.step import train_step
+from topd_ray.types import Metric, RolloutRequest
+
+
+class FleetClass(Protocol):
+    """Builds a fleet; `check` tells beforehand, and cheaply, whether it can."""
+
+    def __call__(self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None]) -> Fleet: ...
+
+    def check(self, config: TopdConfig) -> None: ...
+
+
+def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
+    """Carry out a plan. A signal or an error leaves the last checkpoint, and no process, behind.
+
+    Raises RunInterrupted after a signal; a checkpoint of the last update is then written.
+    """
+    fleet_class.check(plan.config)
+    folder = plan.config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_process_in(folder), Interrupt() as interrupt:
+        write_whole(folder / "config.yaml", dump_config(plan.config))
+        sinks = Sinks.open(plan.config.metrics, folder, resume_step=plan.state.step)
+        say("starting the workers")
+        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
+        try:
+            return Session(plan, fleet, sinks, interrupt, say).train()
+        except (ConfigError, DataError) as error:  # not the user's input any more
+            raise TopdError(f"{type(error).__name__} while running: {error}") from error
+        finally:
+            fleet.shutdown()
+            sinks.close()
+
+
+@contextmanager
+def _only_process_in(folder: Path) -> Iterator[None]:
+    """Raise ConfigError if another process trains in this run folder."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {folder}: choose another run.name") from None
+        yield
+
+
+class Session:
+    """One process's share of a run: from the last checkpoint, or the start, to the end or an interrupt."""
+
+    def __init__(self, plan: Plan, fleet: Fleet, sinks: Sinks, interrupt: Interrupt, say: Say) -> None:
+        self._plan = plan
+        self._config = plan.config
+        self._fleet = fleet
+        self._sinks = sinks
+        self._interrupt = interrupt
+        self._say = say
+        self._folder = plan.config.run.folder.absolute()
+        self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints)
+        self._state = plan.state
+        self._schedule = plan.schedule
+        self._distances = plan.distances
+        self._started = time.monotonic() - plan.state.seconds
+        self._saved_step = plan.state.step if plan.learner_folder else -1
+
+    def train(self) -> RunState:
+        """Everything from the pre-flight to the summary; returns the final state."""
+        evaluation = self._config.evaluation
+        try:
+            self._begin()
+            self._evaluate_once("teacher", evaluation.teacher)
+            self._evaluate_once("before", evaluation.before and self._state.step == 0)
+            self._train_steps()
+            self._save()
+            self._evaluate_once("after", evaluation.after)
+        except RunInterrupted:
+            self._save()
+            self._say(f"checkpoint of update {self._state.step} written; the same command goes on from it")
+            raise
+        self._export()
+        self._state = replace(self._state, seconds=time.monotonic() - self._started)
+        self._write_summary()
+        return self._state
+
+    def _begin(self) -> None:
+        if self._plan.learner_folder is not None:
+            self._fleet.load_learner(self._plan.learner_folder)
+            self._say(f"resumed at update {self._state.step} of {self._plan.total_updates}")
+        self._state = replace(self._state, policy_version=self._fleet.publish_weights())
+        report = preflight(self._fleet, self._config, self._preflight_requests(), self._say)
+        self._sinks.write(self._state.step, reduce(report.metrics()))
+
+    def _train_steps(self) -> None:
+        total = self._plan.total_updates
+        with tqdm(total=total, initial=self._state.step, unit="update", disable=None, smoothing=0.1) as progress:
+            while self._state.step < total:
+                self._interrupt.check()
+                metrics = self._step()
+                progress.update()
+                progress.set_postfix({"loss": f"{metrics['loss/total']:.3f}"})
+                if self._due(self._config.evaluation.every) and self._state.step < total:
+                    self._evaluate(f"step_{self._state.step}")
+                if self._due(self._config.run.checkpoint_every):
+                    self._save()
+
+    def _step(self) -> dict[str, float]:
+        """One update; the state changes only once it is complete, so that an interrupted step is simply redone."""
+        watch = Stopwatch()
+        payload_bytes = self._fleet.traffic.payload_bytes
+        with watch.time("step"):
+            result = train_step(
+                self._fleet,
+                self._next_requests(),
+                policy_version=self._state.policy_version,
+                threshold=self._distances.value,
+            )
+        self._distances.update(result.distances)
+        self._state = replace(
+            self._state,
+            step=self._state.step + 1,
+            policy_version=result.policy_version,
+            schedule=self._schedule.state(),
+            quantile=self._distances.state(),
+            trained_tokens=self._state.trained_tokens + result.num_tokens,
+            driver_payload_bytes=self._state.driver_payload_bytes + self._fleet.traffic.payload_bytes - payload_bytes,
+            seconds=time.monotonic() - self._started,
+        )
+        values = reduce([*result.metrics, *watch.metrics(), *self._run_metrics()])
+        values["throughput/trained_tokens_per_second"] = result.num_tokens / values["seconds/step"]
+        self._sinks.write(self._state.step, values)
+        return values
+
+    def _run_metrics(self) -> list[Metric]:
+        return [
+            Metric(key="run/trained_tokens", sum=self._state.trained_tokens),
+            Metric(key="run/policy_version", sum=self._state.policy_version),
+            Metric(key="run/driver_payload_bytes", sum=self._state.driver_payload_bytes),
+            Metric(key="run/driver_message_bytes", sum=self._fleet.traffic.message_bytes),
+            Metric(key="near_future/threshold", sum=self._distances.value),
+        ]
+
+    def _next_requests(self) -> list[RolloutRequest]:
+        return rollout_requests(
+            [(epoch, self._plan.train[index]) for epoch, index in self._schedule.take()],
+            samples_per_prompt=self._config.rollout.samples_per_prompt,
+            run_seed=self._config.run.seed,
+        )
+
+    def _preflight_requests(self) -> list[RolloutRequest]:
+        draws = [(-1, prompt) for prompt in self._plan.train[:NUM_PROMPTS]]
+        return rollout_requests(draws, samples_per_prompt=1, run_seed=self._config.run.seed)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._state.step % every == 0
+
+    def _save(self) -> None:
+        if self._state.step != self._saved_step:
+            self._checkpoints.save(self._state, self._fleet.save_learner)
+            self._saved_step = self._state.step
+
+    def _evaluate_once(self, key: str, wanted: bool) -> None:
+        if wanted and self._plan.heldout and key not in self._state.accuracy:
+            accuracy = {**self._state.accuracy, key: self._evaluate(key).mean}
+            self._state = replace(self._state, accuracy=accuracy)
+
+    def _evaluate(self, key: str) -> PassAt1:
+        model = "teacher" if key == "teacher" else "student"
+        watch = Stopwatch()
+        with watch.time("evaluation"):
+            completions = self._fleet.evaluate(self._plan.heldout, model=model, seed=self._config.run.seed)
+        accuracy = pass_at_1(completions.correct, seed=self._config.run.seed)
+        self._say(
+            f"pass@1 of the {model}{'' if model == key else ' ' + key.replace('_', ' ')}: {accuracy.mean:.1%} "
+            f"[{accuracy.low:.1%}, {accuracy.high:.1%}] on {accuracy.num_prompts} prompts x {accuracy.num_runs}"
+        )
+        num_answers = accuracy.num_prompts * accuracy.num_runs
+        values = {
+            f"evaluation/{model}/pass_at_1": accuracy.mean,
+            f"evaluation/{model}/pass_at_1_low": accuracy.low,
+            f"evaluation/{model}/pass_at_1_high": accuracy.high,
+            f"evaluation/{model}/answer_tokens": completions.num_tokens / num_answers,
+            f"evaluation/{model}/cut_by_length": completions.num_cut / num_answers,
+        }
+        self._sinks.write(self._state.step, {**values, **reduce(watch.metrics())})
+        return accuracy
+
+    def _export(self) -> None:
+        """Replace `export/` only once the new one is whole. Raises CheckpointError if it cannot be written."""
+        target = self._folder / "export"
+        unfinished = target.with_name(".export.tmp")
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self._fleet.export(unfinished)
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+        except Exception as error:  # each writer has errors of its own for a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(f"{target} could not be written: {error}; the checkpoint is safe") from error
+
+    def _write_summary(self) -> None:
+        summary = {
+            "objective": self._config.objective.method,
+            "accuracy": self._state.accuracy,
+            "num_prompts": len(self._plan.heldout),
+            "steps": self._state.step,
+            "trained_tokens": self._state.trained_tokens,
+            "seconds": round(self._state.seconds, 1),
+            "driver_payload_bytes": self._state.driver_payload_bytes,
+        }
+        write_whole(self._folder / "summary.json", json.dumps(summary, indent=1) + "\n")

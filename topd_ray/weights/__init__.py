@@ -1,0 +1,1 @@
+"""How a new policy reaches the rollout engines."""
