@@ -16,11 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from topd_ray.engines.vocabulary import read_vocabulary
+
 from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.process import prepare_process
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.engines.vllm_engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES
-from topd_ray.engines.vocabulary import read_vocabulary
 from topd_ray.types import Prompt, RolloutRequest
 
 Written = dict[str, list[int]]

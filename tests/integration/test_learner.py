@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,14 @@ PLAIN_STEPS: Mapping[str, Any] = {
     "logits_chunk_tokens": 7,
 }
 LARGE_STEPS = {**PLAIN_STEPS, "learning_rate": 1e-2, "adam_epsilon": 1e-8, "gradient_clipping": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """The learner leaves its process group to the process; the tests of other modules share this one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def make_batch(num_trajectories: int, *, top_k: int, seed: int = 0) -> list[GuidedTrajectory]:

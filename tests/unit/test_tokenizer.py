@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from topd_ray.config.schema import ModelConfig, TeacherConfig
-from topd_ray.data.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer
+from topd_ray.data.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer, read_vocabulary
 from topd_ray.demo.tokenizer import build_tokenizer
 from topd_ray.errors import ConfigError
 
@@ -37,9 +37,9 @@ def refusal(student: ModelConfig, teacher: TeacherConfig) -> str:
 def test_padded_tails_may_differ(tmp_path: Path) -> None:
     student = model(tmp_path / "student", rows=72, generation={"eos_token_id": [2, 0]})
     teacher = model(tmp_path / "teacher", rows=64)
-    assert check_same_vocabulary(student, teacher) == Vocabulary(
-        size=64, eos_ids=(0, 2), student_rows=72, teacher_rows=64
-    )
+    check_same_vocabulary(student, teacher)
+    assert read_vocabulary(student) == Vocabulary(size=64, rows=72, eos_ids=(0, 2))
+    assert read_vocabulary(teacher) == Vocabulary(size=64, rows=64, eos_ids=(2,))
 
 
 def test_other_ids_for_the_same_tokens(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_fewer_rows_than_tokens(tmp_path: Path) -> None:
     student = model(tmp_path / "student")
     teacher = model(tmp_path / "teacher", rows=63)
     assert refusal(student, teacher) == (
-        f"teacher.model={teacher.model}: found an embedding of 63 rows (vocab_size in config.json) for a tokenizer of "
+        f"{teacher.model}: found an embedding of 63 rows (vocab_size in config.json) for a tokenizer of "
         "64 ids, right would be at least as many rows"
     )
 

@@ -101,7 +101,7 @@ def _vocabulary(config: TopdConfig, teacher: ModelFacts) -> Iterator[str]:
 
 
 def _lengths(config: TopdConfig, student: ModelFacts, teacher: ModelFacts) -> Iterator[str]:
-    """vLLM draws a token after whatever it scores, so engines are built for one token more than the longest sequence."""
+    """vLLM draws a token after whatever it scores: engines are built for one token more than the longest sequence."""
     answer = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     wanted = config.data.max_prompt_tokens + answer + 1
     terms = f"data.max_prompt_tokens {config.data.max_prompt_tokens} + longest response {answer} + 1"

@@ -241,8 +241,8 @@ class BufferConfig(Section):
     """The trajectory buffer: references to record batches in Ray's object store."""
 
     max_bytes: PositiveInt = 2 * 1024**3
-    """Bytes of referenced record batches; above it, producers wait. A synchronous run, whose batch is taken out only when
-    it is whole, stops with an error if one batch does not fit."""
+    """Bytes of referenced record batches; above it, producers wait. A synchronous run takes a batch out only when it is
+    whole, and stops with an error if one batch does not fit."""
     lease_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
     """A leased trajectory that is not acknowledged within this time is handed out again."""
 
@@ -295,9 +295,9 @@ class ResourcesConfig(Section):
     """Address of a running Ray cluster (`auto` finds it); unset: the environment's RAY_ADDRESS, or, without that, a
     cluster of this machine, for this run alone."""
     gpus_per_rollout: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one rollout worker: 0, a share of one, or its tensor-parallel size; unset: the latter where there are GPUs."""
+    """GPUs of one rollout worker: 0, a share of one, or its tensor-parallel size (the default where there are GPUs)."""
     gpus_per_teacher: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one teacher worker: 0, a share of one, or its tensor-parallel size; unset: the latter where there are GPUs."""
+    """GPUs of one teacher worker: 0, a share of one, or its tensor-parallel size (the default where there are GPUs)."""
     gpus_per_learner: Annotated[float, Field(ge=0.0)] | None = None
     """GPUs of one learner rank; unset: 1 where there are GPUs."""
     threads_per_rollout: PositiveInt = 1

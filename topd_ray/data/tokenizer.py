@@ -17,16 +17,14 @@ _ONE_TOKENIZER = "Right would be two models of one tokenizer"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What student and teacher agree on."""
+    """Which token ids a model may write, and which of them end an answer."""
 
     size: int
-    """ids in use are 0 ... size - 1; embedding rows from there on are padding"""
+    """ids in use are 0 ... size - 1"""
+    rows: int
+    """rows of the embedding; those from `size` on are padding and mean nothing"""
     eos_ids: tuple[int, ...]
-    """tokens at which the student stops, ascending"""
-    student_rows: int
-    """rows of the student's embedding"""
-    teacher_rows: int
-    """rows of the teacher's embedding"""
+    """tokens that end an answer, ascending"""
 
 
 def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
@@ -40,40 +38,54 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> Vocabulary:
+def read_vocabulary(model: ModelConfig) -> Vocabulary:
+    """Read it from the model's files, without loading a weight.
+
+    An answer ends where the tokenizer, config.json or generation_config.json says so. Raises ConfigError for files that
+    do not load, for fewer embedding rows than ids, and where nothing ends an answer.
+    """
+    tokenizer, config = load_tokenizer(model), _model_config(model)
+    size = max(tokenizer.get_vocab().values()) + 1
+    rows = int(config.vocab_size)
+    if rows < size:
+        raise ConfigError(
+            f"{model.model}: found an embedding of {rows} rows (vocab_size in config.json) for a tokenizer of {size} "
+            "ids, right would be at least as many rows"
+        )
+    declared = (tokenizer.eos_token_id, config.eos_token_id, _generation_eos(model))
+    eos_ids = {token_id for source in declared for token_id in _as_list(source)}
+    if not eos_ids:
+        raise ConfigError(
+            f"{model.model}: found no end-of-sequence token, right would be an eos_token_id in generation_config.json"
+        )
+    return Vocabulary(size=size, rows=rows, eos_ids=tuple(sorted(eos_ids)))
+
+
+def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
     """Compare tokens, special tokens and embedding rows of two models, without loading a weight.
 
     Raises ConfigError with the first tokens that differ, and for a teacher.top_k larger than the vocabulary.
     """
     student_tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
-    student_ids, teacher_ids = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    if differences := _differences(student_ids, teacher_ids):
+    if differences := _differences(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()):
         shown = "; ".join(differences[:_SHOWN]) + (" ..." if len(differences) > _SHOWN else "")
         raise ConfigError(
             f"the vocabularies of student.model={student.model} and teacher.model={teacher.model} differ in "
             f"{len(differences)} tokens: {shown}. {_ONE_TOKENIZER}"
         )
     _check_specials(student, student_tokenizer, teacher, teacher_tokenizer)
-    size = max(student_ids.values()) + 1
-    if teacher.top_k != "full" and teacher.top_k > size:
+    of_student, of_teacher = read_vocabulary(student), read_vocabulary(teacher)
+    if teacher.top_k != "full" and teacher.top_k > of_student.size:
         raise ConfigError(
-            f"teacher.top_k: found {teacher.top_k}, right would be at most the vocabulary of {size} (or full)"
+            f"teacher.top_k: found {teacher.top_k}, right would be at most the vocabulary of {of_student.size} "
+            "(or full)"
         )
-    student_config, teacher_config = _model_config(student), _model_config(teacher)
-    rows = {
-        role: _check_rows(role, model, config, size)
-        for role, model, config in (("student", student, student_config), ("teacher", teacher, teacher_config))
-    }
-    eos_ids = _eos_ids(student, student_config, student_tokenizer)
-    teacher_eos_ids = _eos_ids(teacher, teacher_config, teacher_tokenizer)
-    if not eos_ids & teacher_eos_ids:
+    if not set(of_student.eos_ids) & set(of_teacher.eos_ids):
         raise ConfigError(
-            f"student.model={student.model} stops at the tokens {sorted(eos_ids)}, teacher.model={teacher.model} at "
-            f"{sorted(teacher_eos_ids)}; right would be a token in common, so that both can end an answer alike"
+            f"student.model={student.model} stops at the tokens {list(of_student.eos_ids)}, "
+            f"teacher.model={teacher.model} at {list(of_teacher.eos_ids)}; right would be a token in common, "
+            "so that both can end an answer alike"
         )
-    return Vocabulary(
-        size=size, eos_ids=tuple(sorted(eos_ids)), student_rows=rows["student"], teacher_rows=rows["teacher"]
-    )
 
 
 def _differences(student: Mapping[str, int], teacher: Mapping[str, int]) -> list[str]:
@@ -103,38 +115,13 @@ def _check_specials(
         raise ConfigError(f"token {index} ({token!r}) is special only in {only}.model={model}. {_ONE_TOKENIZER}")
 
 
-def _check_rows(role: str, model: ModelConfig, config: Any, size: int) -> int:
-    rows = int(config.get_text_config().vocab_size)
-    if rows < size:
-        raise ConfigError(
-            f"{role}.model={model.model}: found an embedding of {rows} rows (vocab_size in config.json) for a "
-            f"tokenizer of {size} ids, right would be at least as many rows"
-        )
-    return rows
-
-
 def _model_config(model: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model.model, **_source(model))
+        return AutoConfig.from_pretrained(model.model, **_source(model)).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(_unloadable("config.json", model, error)) from error
-
-
-def _eos_ids(model: ModelConfig, config: Any, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Where generation stops: whatever the tokenizer, config.json and generation_config.json name.
-
-    Raises ConfigError where none of them names a token.
-    """
-    ids: set[int] = set()
-    for declared in (tokenizer.eos_token_id, config.get_text_config().eos_token_id, _generation_eos(model)):
-        ids.update(declared if isinstance(declared, (list, tuple)) else [] if declared is None else [declared])
-    if not ids:
-        raise ConfigError(
-            f"{model.model}: found no end-of-sequence token, right would be an eos_token_id in generation_config.json"
-        )
-    return ids
 
 
 def _generation_eos(model: ModelConfig) -> Any:
@@ -147,6 +134,12 @@ def _generation_eos(model: ModelConfig) -> Any:
         ).eos_token_id
     except OSError:
         return None
+
+
+def _as_list(declared: Any) -> list[int]:
+    if declared is None:
+        return []
+    return declared if isinstance(declared, list) else [declared]
 
 
 def _source(model: ModelConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
+from topd_ray.data.tokenizer import read_vocabulary
 from topd_ray.engines.collate import (
     MicroBatch,
     collate,
@@ -38,7 +39,6 @@ from topd_ray.engines.student_model import (
     logit_softcap,
     to_hub_names,
 )
-from topd_ray.engines.vocabulary import read_vocabulary
 from topd_ray.errors import CheckpointError, LearnerError, NonFiniteLossError
 from topd_ray.objective.loss import LossSpec
 from topd_ray.types import Float32, GuidedTrajectory, Metric, Trajectory

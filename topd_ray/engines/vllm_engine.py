@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from topd_ray.config.schema import ModelConfig, RolloutConfig, TeacherConfig
+from topd_ray.data.tokenizer import read_vocabulary
 from topd_ray.engines.process import SLOTS, prepare_process
 from topd_ray.engines.seeds import stable_seed
-from topd_ray.engines.vocabulary import read_vocabulary
 from topd_ray.errors import ConfigError, TopdError
 from topd_ray.types import FinishReason, Int32, Prompt, TeacherScores
 
