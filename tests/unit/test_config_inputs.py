@@ -202,7 +202,7 @@ def test_run_folder_of_another_config(model: Path) -> None:
         config_of(
             model,
             run={"steps": 9, "epochs": 2, "checkpoint_every": 1, "keep_checkpoints": 3, "resume": "must"},
-            evaluation={"temperature": 1.0, "num_runs": 4},
+            evaluation={"every": 2, "teacher": False},
             metrics={"tensorboard": False},
             resources={"threads_per_learner": 2},
             rollout={"num_workers": 2},
@@ -227,6 +227,19 @@ def test_full_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"run.root={model.parent / 'runs'}: found 0.1 GiB free on the disk of {model.parent}, right would be 0.3 GiB "
         "for 3 checkpoints and an export of 8 parameters"
     ]
+
+
+def test_what_a_run_has_written_already_counts_as_room(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", ["total", "used", "free"])
+    config = config_of(model)
+    written = config.run.folder / "checkpoints" / "step-000001"
+    written.mkdir(parents=True)
+    (written / "optimizer.pt").write_bytes(bytes(100))
+    wanted = 8 * (3 * 16 + 4) + 256 * 1024**2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 0, wanted - 100))
+    check_inputs(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(2**40, 0, wanted - 101))
+    assert len(problems(config)) == 1
 
 
 def test_run_folder_that_cannot_be_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,13 @@ from topd_ray.errors import DataError
 from topd_ray.types import Prompt
 
 
+def names(num: int) -> list[str]:
+    return [f"p{index}" for index in range(num)]
+
+
 @given(num=st.integers(1, 30), per_step=st.integers(1, 40), seed=st.integers(0, 5), shuffle=st.booleans())
 def test_every_prompt_once_per_epoch_and_full_steps(num: int, per_step: int, seed: int, shuffle: bool) -> None:
-    schedule = PromptSchedule(num_prompts=num, prompts_per_step=per_step, seed=seed, shuffle=shuffle)
+    schedule = PromptSchedule(names(num), prompts_per_step=per_step, seed=seed, shuffle=shuffle)
     steps = [schedule.take() for _ in range(3 * num // per_step + 1)]
     assert {len(step) for step in steps} == {per_step}
     drawn = [pair for step in steps for pair in step]
@@ -24,42 +28,43 @@ def test_every_prompt_once_per_epoch_and_full_steps(num: int, per_step: int, see
 
 
 def test_orders() -> None:
-    plain = PromptSchedule(num_prompts=3, prompts_per_step=4, seed=0, shuffle=False)
+    plain = PromptSchedule(names(3), prompts_per_step=4, seed=0, shuffle=False)
     assert plain.take() == [(0, 0), (0, 1), (0, 2), (1, 0)]
     assert plain.take() == [(1, 1), (1, 2), (2, 0), (2, 1)]
-    shuffled = PromptSchedule(num_prompts=6, prompts_per_step=6, seed=1, shuffle=True)
+    shuffled = PromptSchedule(names(6), prompts_per_step=6, seed=1, shuffle=True)
     assert [index for _, index in shuffled.take()] == [2, 1, 4, 0, 3, 5]
     assert [index for _, index in shuffled.take()] == [5, 2, 0, 3, 1, 4]
 
 
 @given(num=st.integers(1, 9), per_step=st.integers(1, 9), taken=st.integers(0, 7))
 def test_going_on_from_a_state(num: int, per_step: int, taken: int) -> None:
-    one = PromptSchedule(num_prompts=num, prompts_per_step=per_step, seed=3, shuffle=True)
+    one = PromptSchedule(names(num), prompts_per_step=per_step, seed=3, shuffle=True)
     for _ in range(taken):
         one.take()
-    other = PromptSchedule(num_prompts=num, prompts_per_step=per_step, seed=3, shuffle=True)
+    other = PromptSchedule(names(num), prompts_per_step=per_step, seed=3, shuffle=True)
     other.load_state(json.loads(json.dumps(one.state())))
     assert [one.take() for _ in range(4)] == [other.take() for _ in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("num_prompts", "seed", "shuffle", "message"),
+    ("prompt_ids", "seed", "shuffle", "message"),
     [
-        (4, 0, True, "the checkpoint's prompt order has num_prompts=5, this run 4; right would be the prompts"),
-        (5, 1, True, "the checkpoint's prompt order has seed=0, this run 1"),
-        (5, 0, False, "the checkpoint's prompt order has shuffle=True, this run False"),
+        (names(4), 0, True, "the checkpoint's prompt order has num_prompts=5, this run 4; right would be the prompts"),
+        (names(5), 1, True, "the checkpoint's prompt order has seed=0, this run 1"),
+        (names(5), 0, False, "the checkpoint's prompt order has shuffle=True, this run False"),
+        ([*names(4), "q"], 0, True, "the checkpoint's prompt order has prompts_digest="),
     ],
 )
-def test_a_state_of_another_order(num_prompts: int, seed: int, shuffle: bool, message: str) -> None:
-    state = PromptSchedule(num_prompts=5, prompts_per_step=2, seed=0, shuffle=True).state()
+def test_a_state_of_another_order(prompt_ids: list[str], seed: int, shuffle: bool, message: str) -> None:
+    state = PromptSchedule(names(5), prompts_per_step=2, seed=0, shuffle=True).state()
     with pytest.raises(DataError) as caught:
-        PromptSchedule(num_prompts=num_prompts, prompts_per_step=2, seed=seed, shuffle=shuffle).load_state(state)
+        PromptSchedule(prompt_ids, prompts_per_step=2, seed=seed, shuffle=shuffle).load_state(state)
     assert str(caught.value).startswith(message)
 
 
 def test_nothing_to_draw_from() -> None:
     with pytest.raises(DataError, match="found 0 prompts to draw 2 a step from, right would be 1 or more"):
-        PromptSchedule(num_prompts=0, prompts_per_step=2, seed=0, shuffle=True)
+        PromptSchedule(names(0), prompts_per_step=2, seed=0, shuffle=True)
 
 
 def test_requests() -> None:

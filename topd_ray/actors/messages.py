@@ -12,11 +12,6 @@ class RolloutChunk:
     """Trajectories that finished together, as one record batch behind `handle`."""
 
     handle: Handle
-    trajectory_ids: tuple[str, ...]
-    policy_version: int
-    num_tokens: int
-    """response tokens"""
-    num_bytes: int
     metrics: tuple[Metric, ...]
 
 

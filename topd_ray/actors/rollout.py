@@ -122,10 +122,6 @@ class RolloutWorker:
         num_tokens = sum(t.num_response_tokens for t in trajectories)
         return RolloutChunk(
             handle=self._store.put(batch),
-            trajectory_ids=tuple(t.trajectory_id for t in trajectories),
-            policy_version=self._engine.policy_version,
-            num_tokens=num_tokens,
-            num_bytes=batch.nbytes,
             metrics=(
                 Metric(key="rollout/response_tokens", sum=num_tokens, count=len(trajectories)),
                 Metric(

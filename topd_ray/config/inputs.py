@@ -25,7 +25,10 @@ HARMLESS = (
     "run.keep_checkpoints",
     "buffer.*",
     "weights.*",
-    "evaluation.*",
+    "evaluation.before",
+    "evaluation.after",
+    "evaluation.teacher",
+    "evaluation.every",
     "metrics.*",
     "resources.*",
     "teacher.verify",
@@ -43,7 +46,8 @@ HARMLESS = (
         )
     ),
 )
-"""Fields that may change between two sessions of a run: they do not decide what is trained on what."""
+"""Fields that may change between two sessions of a run: they decide neither what is trained on what, nor
+how it is graded."""
 
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 """Weights, their float32 master copy, and AdamW's two moments."""
@@ -172,11 +176,16 @@ def _disk(config: TopdConfig, student: ModelFacts) -> Iterator[str]:
     kept = 1 + (config.run.keep_checkpoints if config.run.checkpoint_every else 1)
     needed = parameters * (kept * CHECKPOINT_BYTES_PER_PARAMETER + EXPORT_BYTES_PER_PARAMETER) + FREE_BYTES
     free = shutil.disk_usage(parent).free
-    if free < needed:
+    already = _bytes_below(config.run.folder / "checkpoints")  # pruned as new ones are written
+    if free + already < needed:
         yield (
             f"run.root={config.run.root}: found {_gib(free)} free on the disk of {parent}, right would be "
             f"{_gib(needed)} for {kept} checkpoints and an export of {parameters:,} parameters"
         )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _gib(num_bytes: int) -> str:

@@ -203,6 +203,11 @@ class ObjectiveConfig(Section):
     cap: Literal["none", "low_ot", "matched_high_ot"] = "none"
     """The paper's ablation: cap false alarms, or as many real forks, at the median token loss of their trajectory."""
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the teacher continues prefixes at all."""
+        return self.method == "topd" or self.cap != "none"
+
 
 class LearnerConfig(Section):
     """The DeepSpeed optimiser."""
@@ -250,8 +255,6 @@ class BufferConfig(Section):
 class WeightsConfig(Section):
     """How a new policy reaches the rollout engines."""
 
-    channel: Literal["object_store"] = "object_store"
-    """Ray's object store (shared memory on one node)."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0
     """How long the engines may take to acknowledge a version."""
 
@@ -331,11 +334,6 @@ class TopdConfig(Section):
     def batch_size(self) -> int:
         """Trajectories of one update."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether the teacher continues prefixes at all."""
-        return self.objective.method == "topd" or self.objective.cap != "none"
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "TopdConfig":

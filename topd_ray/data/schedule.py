@@ -16,12 +16,14 @@ class PromptSchedule:
     number. So no prompt is ever left out, and one prompt can be in a step twice, under two epochs.
     """
 
-    def __init__(self, num_prompts: int, prompts_per_step: int, seed: int, shuffle: bool) -> None:
-        if num_prompts < 1 or prompts_per_step < 1:
+    def __init__(self, prompt_ids: Sequence[str], prompts_per_step: int, seed: int, shuffle: bool) -> None:
+        if not prompt_ids or prompts_per_step < 1:
             raise DataError(
-                f"found {num_prompts} prompts to draw {prompts_per_step} a step from, right would be 1 or more of both"
+                f"found {len(prompt_ids)} prompts to draw {prompts_per_step} a step from, right would be 1 or more of "
+                "both"
             )
-        self._num_prompts = num_prompts
+        self._num_prompts = len(prompt_ids)
+        self._prompts_digest = _digest(*prompt_ids).hex()
         self._prompts_per_step = prompts_per_step
         self._seed = seed
         self._shuffle = shuffle
@@ -40,6 +42,7 @@ class PromptSchedule:
         return {
             "position": self._position,
             "num_prompts": self._num_prompts,
+            "prompts_digest": self._prompts_digest,
             "seed": self._seed,
             "shuffle": self._shuffle,
         }
@@ -47,7 +50,7 @@ class PromptSchedule:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`. Raises DataError if it is of other prompts, another seed or another order."""
         own = self.state()
-        for key in ("num_prompts", "seed", "shuffle"):
+        for key in ("num_prompts", "prompts_digest", "seed", "shuffle"):
             if state.get(key) != own[key]:
                 raise DataError(
                     f"the checkpoint's prompt order has {key}={state.get(key)!r}, this run {own[key]!r}; right would "

@@ -96,7 +96,12 @@ def grade(response: str, answer: str) -> bool:
     if not marked or not marked[-1].startswith(ANSWER_MARKER):
         return False
     given = marked[-1].removeprefix(ANSWER_MARKER)
-    return _ANSWER.fullmatch(given) is not None and given != "-0" and given == answer
+    return is_answer(given) and given == answer
+
+
+def is_answer(text: str) -> bool:
+    """Whether `text` is an integer in canonical decimal form."""
+    return _ANSWER.fullmatch(text) is not None and text != "-0"
 
 
 def _draw_problems(split: Split, difficulty: int, rng: random.Random) -> Iterator[Problem]:

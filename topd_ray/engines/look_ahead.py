@@ -49,7 +49,6 @@ class LookAhead:
         self._embedding_VD_unit = unit_embeddings(torch.from_numpy(embedding_VD))
         self._engine = engine
         self._seed = seed
-        self._looks_ahead = objective.method == "topd" or objective.cap != "none"
 
     def ask(self, trajectories: Sequence[Trajectory]) -> list[Asked]:
         """Score all trajectories, then continue all their candidate prefixes in one go."""
@@ -71,7 +70,7 @@ class LookAhead:
         return [self._fold_one(asked, threshold) for asked in pending]
 
     def _candidates(self, trajectory: Trajectory, scores: TeacherScores) -> Int32:
-        if not self._looks_ahead:
+        if not self._objective.looks_ahead:
             return np.zeros(0, np.int32)
         losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, self._config.ranking)
         return select_candidates(losses_T, self._config.candidate_fraction, self._config.min_distance)

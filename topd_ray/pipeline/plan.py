@@ -10,6 +10,7 @@ from topd_ray.data.prompts import load_prompts
 from topd_ray.data.schedule import PromptSchedule
 from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
 from topd_ray.errors import ConfigError
+from topd_ray.evaluation.grading import is_gradable
 from topd_ray.objective import RunningQuantile
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState
 from topd_ray.types import Prompt
@@ -47,7 +48,7 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
     loaded = load_prompts(config.data.train, config.data, tokenizer, "train")
     _say_skipped(loaded.num_skipped_overlong, config.data.train, config, say)
     schedule = PromptSchedule(
-        num_prompts=len(loaded.prompts),
+        prompt_ids=[prompt.prompt_id for prompt in loaded.prompts],
         prompts_per_step=config.rollout.prompts_per_step,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
@@ -70,14 +71,21 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
 
 
 def load_heldout(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", say: Say) -> tuple[Prompt, ...]:
-    """The prompts of an evaluation; none where data.heldout is unset. Raises ConfigError for a row without answer."""
+    """The prompts of an evaluation; none where data.heldout is unset.
+
+    Raises ConfigError for a row whose answer is missing, or cannot be graded by evaluation.grader.
+    """
     if config.data.heldout is None:
         return ()
     loaded = load_prompts(config.data.heldout, config.data, tokenizer, "heldout")
     _say_skipped(loaded.num_skipped_overlong, config.data.heldout, config, say)
+    kind = config.evaluation.grader
     for number, prompt in enumerate(loaded.prompts, start=1):
-        if not prompt.answer:
-            raise ConfigError(f"data.heldout={config.data.heldout}: prompt {number} has no answer to grade against")
+        if not is_gradable(kind, prompt.answer):
+            raise ConfigError(
+                f"data.heldout={config.data.heldout}: prompt {number} has the answer {prompt.answer!r}, right would be "
+                + ("an integer (evaluation.grader=arithmetic)" if kind == "arithmetic" else "one to grade against")
+            )
     return loaded.prompts[: config.evaluation.num_prompts]
 
 
