@@ -60,11 +60,12 @@ def run_command(args: argparse.Namespace) -> int:
 
 def eval_command(args: argparse.Namespace) -> int:
     """Grade a model on the held-out prompts."""
-    config = load_config(args.config, args.overrides)
+    graded = [] if args.model is None else [f"student.model={args.model}", "student.revision=null"]
+    config = load_config(args.config, [*args.overrides, *graded])
     check_inputs(config, training=False)
     from topd_ray.pipeline.evaluate import evaluate_model
 
-    evaluate_model(config, args.model, Say())
+    evaluate_model(config, Say())
     return 0
 
 

@@ -41,7 +41,7 @@ def build_teacher(folder: Path) -> TeacherEngine:
 
 
 def greedy(engine: RolloutEngine | TeacherEngine) -> list[int]:
-    (((token_ids, _),),) = engine.complete(
+    ((_, ((token_ids, _),)),) = engine.complete(
         [make_requests(1)[0].prompt], num_samples=1, temperature=0.0, top_p=1.0, max_new_tokens=8, seed=0
     )
     return token_ids

@@ -193,13 +193,19 @@ def test_nucleus_sampling_reports_the_nucleus_distribution(first):
 
 def test_completions_for_evaluation(engine, first):
     prompts = [request.prompt for request in make_requests(4)]
-    options = {"top_p": 1.0, "max_new_tokens": 12, "seed": 3}
-    greedy = engine.complete(prompts, num_samples=1, temperature=0.0, **options)
-    assert [answers[0][0] for answers in greedy] == [plain_greedy(first.model, p.token_ids, 12) for p in prompts]
-    assert all((reason == "stop") == (ids[-1] == EOS_ID) for ((ids, reason),) in greedy)
-    sampled = engine.complete(prompts, num_samples=3, temperature=1.3, **options)
-    assert sampled[::-1] == engine.complete(prompts[::-1], num_samples=3, temperature=1.3, **options)
-    assert all(len({tuple(ids) for ids, _ in answers}) == 3 for answers in sampled)
+
+    def complete(prompts, **options):
+        answered = engine.complete(prompts, top_p=1.0, max_new_tokens=12, seed=3, **options)
+        return {prompt.prompt_id: answers for prompt, answers in answered}
+
+    greedy = complete(prompts, num_samples=1, temperature=0.0)
+    for prompt in prompts:
+        ((ids, reason),) = greedy[prompt.prompt_id]
+        assert ids == plain_greedy(first.model, prompt.token_ids, 12)
+        assert (reason == "stop") == (ids[-1] == EOS_ID)
+    sampled = complete(prompts, num_samples=3, temperature=1.3)
+    assert sampled == complete(prompts[::-1], num_samples=3, temperature=1.3)
+    assert all(len({tuple(ids) for ids, _ in answers}) == 3 for answers in sampled.values())
 
 
 def test_new_weights_are_served_and_old_ones_come_back(engine, first, second):

@@ -140,8 +140,10 @@ def test_prefixes_of_a_scored_trajectory_come_from_the_cache(engine, monkeypatch
 
 def test_completions(engine, model):
     prompts = [Prompt(prompt_id=str(i), token_ids=(*ids,)) for i, (ids, _) in enumerate(make_sequences(3, 5, 0))]
-    answers = engine.complete(prompts, num_samples=1, temperature=0.0, top_p=1.0, max_new_tokens=10, seed=0)
-    assert [samples[0][0] for samples in answers] == [plain_greedy(model, p.token_ids, 10) for p in prompts]
+    answers = dict(engine.complete(prompts, num_samples=1, temperature=0.0, top_p=1.0, max_new_tokens=10, seed=0))
+    assert {prompt: samples[0][0] for prompt, samples in answers.items()} == {
+        prompt: plain_greedy(model, prompt.token_ids, 10) for prompt in prompts
+    }
 
 
 def test_embedding_holds_the_tokenizers_rows(engine, model):

@@ -97,32 +97,82 @@ def test_the_export_loads_in_transformers(deterministic: Path) -> None:
     assert logits.isfinite().all()
 
 
-def test_inline_gives_the_bitwise_same_student(root: Path, deterministic: Path) -> None:
-    topd(root, "inline", "run.deterministic=true", "--inline")
+def test_inline_gives_the_bitwise_same_student_and_goes_on_to_more_updates(root: Path, deterministic: Path) -> None:
+    topd(root, "inline", "run.deterministic=true", "evaluation.every=2", "--inline")
     assert weights(root / "inline") == weights(deterministic)
+    evaluated = [record for record in records(root / "inline") if "evaluation/student/pass_at_1" in record]
+    assert [record["step"] for record in evaluated] == [0, 2, 3]
+    done = topd(root, "inline", "run.deterministic=true", "run.steps=4", "evaluation.every=2", "--inline")
+    assert "resumed at update 3 of 4" in done.stdout
+    assert json.loads((root / "inline" / "summary.json").read_text())["steps"] == 4
+    assert weights(root / "inline") != weights(deterministic)
 
 
-def test_sigterm_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command_goes_on(
-    root: Path, deterministic: Path
+def test_eval_of_the_export_through_vllm(deterministic: Path) -> None:
+    arguments = ["eval", "jobs/demo.yaml", *SMALL, "--model", str(deterministic / "export")]
+    done = subprocess.run(
+        [sys.executable, "-m", "topd_ray", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    summary = json.loads((deterministic / "summary.json").read_text())
+    assert result["pass_at_1"] == summary["accuracy"]["after"]
+    assert (result["num_prompts"], result["num_runs"]) == (16, 1)
+
+
+@pytest.mark.parametrize(
+    ("number", "sign"), [(signal.SIGINT, "preflight/"), (signal.SIGTERM, "loss/total")], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command_goes_on(
+    root: Path, deterministic: Path, number: signal.Signals, sign: str
 ) -> None:
-    interrupted = command(root, "stopped", "run.deterministic=true", "run.steps=3", "run.checkpoint_every=0")
-    process = subprocess.Popen(interrupted, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = root / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and '"loss/total"' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    process.send_signal(signal.SIGTERM)
+    """SIGINT before the first update, SIGTERM after it."""
+    name = number.name
+    process = start(root, name, "run.deterministic=true", "run.checkpoint_every=0", until=sign)
+    family = family_of(process)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == 128 + number, output
     assert "checkpoint of update" in output
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in family if psutil.pid_exists(pid)], timeout=20)
+    assert_gone(family)
+    stopped_at = int((root / name / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert stopped_at == 0 if number == signal.SIGINT else 1 <= stopped_at <= 3
+    topd(root, name, "run.deterministic=true", "run.checkpoint_every=0")
+    assert weights(root / name) == weights(deterministic)
+
+
+def test_a_worker_that_dies_ends_the_run_with_an_error_and_leaves_nothing_behind(root: Path) -> None:
+    process = start(root, "died", "run.steps=500", until="loss/total")
+    family = family_of(process)
+    (teacher,) = [one for one in family if "ray::TeacherWorker" in " ".join(one.cmdline())]
+    teacher.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "error: TeacherError: a teacher worker died" in output and "Traceback" not in output
+    assert_gone(family)
+
+
+def start(root: Path, name: str, *overrides: str, until: str) -> subprocess.Popen[str]:
+    """A run that has written `until` into its metrics."""
+    process = subprocess.Popen(
+        command(root, name, *overrides), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = root / name / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and until in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    return process
+
+
+def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def assert_gone(family: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, alive
-    stopped_at = int((root / "stopped" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
-    assert 1 <= stopped_at <= 3
-    topd(root, "stopped", "run.deterministic=true", "run.steps=3", "run.checkpoint_every=0")
-    assert weights(root / "stopped") == weights(deterministic)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_batch(root: Path) -> None:

@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from tqdm import tqdm
 
 from topd_ray.actors.buffer import TrajectoryBuffer
 from topd_ray.actors.learner import LearnerWorker
@@ -24,7 +25,6 @@ from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.sharing import (
     balance_ranks,
     check_receipts,
-    merge_completions,
     merge_reports,
     split_evenly,
     split_requests,
@@ -41,6 +41,7 @@ TEACHER_CALLS_IN_FLIGHT = 2
 """Calls a teacher worker holds: one on its engine, one whose transport runs or that waits for the engine."""
 SAVE_SECONDS = 60.0
 """How long the learner ranks may take to save a batch whose loss is not finite."""
+Item = TypeVar("Item")
 DEAD_WORKER = {"rollout": RolloutError, "teacher": TeacherError, "learner": LearnerError}
 
 
@@ -104,12 +105,14 @@ class RayFleet:
         meeting = self._fetch([self._learners[0].rendezvous.remote()])[0] if len(self._learners) > 1 else None
         loading = [learner.setup.remote(meeting) for learner in self._learners]
         loading += [worker.setup.remote() for worker in [*self._rollouts, *self._teachers]]
-        self._fetch(loading, interruptible=True)
+        arriving = self._as_they_come(loading, interruptible=True)
+        for _ in tqdm(arriving, total=len(loading), desc="loading", unit="worker", disable=None, leave=False):
+            pass
 
-    def rollout(self, requests: Sequence[RolloutRequest]) -> "RolloutStreams":
+    def rollout(self, requests: Sequence[RolloutRequest]) -> "Streams[RolloutChunk]":
         shares = split_requests(requests, len(self._rollouts))
         whole = self._config.run.deterministic
-        return RolloutStreams(
+        return Streams(
             self,
             [
                 worker.generate.options(num_returns="streaming").remote(share, whole=whole)
@@ -129,7 +132,7 @@ class RayFleet:
             ]
             yield from self._fetch(futures, interruptible=True)
             return
-        assert isinstance(rollouts, RolloutStreams), "Ray actors read what rollout() started"
+        assert isinstance(rollouts, Streams), "Ray actors read what rollout() started"
         waiting: list[RolloutChunk] = []
         in_flight: dict[ray.ObjectRef, int] = {}
         while rollouts.open or waiting or in_flight:
@@ -173,15 +176,18 @@ class RayFleet:
         )
         return check_receipts(bundle, receipts)
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Completions:
+    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         workers = self._rollouts if model == "student" else self._teachers
         shares = split_evenly(prompts, len(workers))
-        return merge_completions(
-            self._fetch(
-                [worker.evaluate.remote(share, seed=seed) for worker, share in zip(workers, shares, strict=False)],
-                interruptible=True,
-            )
+        streams: Streams[Completions] = Streams(
+            self,
+            [
+                worker.evaluate.options(num_returns="streaming").remote(share, seed=seed)
+                for worker, share in zip(workers, shares, strict=False)
+            ],
         )
+        while streams.open:
+            yield from streams.collect(self._wait(streams.open))
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
         return list(self._fetch([self._rollouts[0].own_teacher.remote(requests, self._config.teacher.top_k)])[0])
@@ -229,26 +235,31 @@ class RayFleet:
     def _fetch(
         self, futures: Sequence[ray.ObjectRef], *, timeout: float = math.inf, interruptible: bool = False
     ) -> list[Any]:
-        """Results of actor calls, counted; the first error ends the wait, as the class it was raised as.
+        """Results of actor calls, in the order of `futures`."""
+        results = dict(self._as_they_come(futures, timeout=timeout, interruptible=interruptible))
+        return [results[future] for future in futures]
+
+    def _as_they_come(
+        self, futures: Sequence[ray.ObjectRef], *, timeout: float = math.inf, interruptible: bool = False
+    ) -> Iterator[tuple[ray.ObjectRef, Any]]:
+        """(future, result), counted; the first error ends the wait, as the class it was raised as.
 
         An update or a checkpoint is not `interruptible`: the learner must come to its end. Raises WeightSyncError
         after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        results: dict[ray.ObjectRef, Any] = {}
-        while len(results) < len(futures):
+        pending = list(futures)
+        while pending:
             if interruptible:
                 self._check_interrupt()
-            pending = [future for future in futures if future not in results]
-            ready, _ = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+            ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
             if ready:
-                results[ready[0]] = self._result(ready[0])
+                yield ready[0], self._result(ready[0])
             elif time.monotonic() > deadline:
                 raise WeightSyncError(
                     f"{len(pending)} of {len(futures)} workers did not acknowledge new weights within "
                     f"weights.timeout_seconds={timeout:g}"
                 )
-        return [results[future] for future in futures]
 
     def _result(self, future: ray.ObjectRef) -> Any:
         try:
@@ -283,25 +294,25 @@ class RayFleet:
         return actor
 
 
-class RolloutStreams:
-    """The rollout workers' answers, chunk by chunk as they come."""
+class Streams(Generic[Item]):
+    """What several workers yield, as it comes."""
 
     def __init__(self, fleet: RayFleet, streams: list[ray.ObjectRefGenerator]) -> None:
         self._fleet = fleet
         self.open = streams
 
-    def collect(self, ready: Sequence[ray.ObjectRefGenerator]) -> list[RolloutChunk]:
-        """One chunk of each ready stream; streams that have ended are closed."""
-        chunks = []
+    def collect(self, ready: Sequence[ray.ObjectRefGenerator]) -> list[Item]:
+        """One item of each ready stream; streams that have ended are closed."""
+        items: list[Item] = []
         for stream in ready:
             try:
-                chunks += self._fleet._fetch([next(stream)])
+                items += self._fleet._fetch([next(stream)])
             except StopIteration:
                 self.open.remove(stream)
-        return chunks
+        return items
 
-    def __iter__(self) -> Iterator[RolloutChunk]:
-        """Every chunk, worker by worker."""
+    def __iter__(self) -> Iterator[Item]:
+        """Every item, worker by worker."""
         for stream in list(self.open):
             while stream in self.open:
                 self._fleet._wait([stream])

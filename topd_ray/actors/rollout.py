@@ -84,9 +84,9 @@ class RolloutWorker:
         (chunks,) = self._store.get([bundle.handle])
         return self._engine.update_weights(bundle.version, unpack(chunks))
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Completions:
-        """Graded answers of the student as it is now."""
-        return graded_answers(
+    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+        """Graded answers of the student as it is now, in parts."""
+        yield from graded_answers(
             self._engine,
             lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
             prompts,

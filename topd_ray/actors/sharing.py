@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from topd_ray.actors.messages import GuidedItem, WeightsBundle
 from topd_ray.errors import WeightSyncError
-from topd_ray.types import Completions, Metric, RolloutRequest, UpdateReport
+from topd_ray.types import Metric, RolloutRequest, UpdateReport
 from topd_ray.weights.checksum import WeightReceipt
 
 Item = TypeVar("Item")
@@ -34,14 +34,6 @@ def balance_ranks(items: Sequence[GuidedItem], num_ranks: int) -> list[list[Guid
         turn, place = divmod(index, num_ranks)
         shares[place if turn % 2 == 0 else num_ranks - 1 - place].append(item)
     return [sorted(share, key=lambda item: item.trajectory_id) for share in shares]
-
-
-def merge_completions(parts: Sequence[Completions]) -> Completions:
-    return Completions(
-        correct={prompt_id: marks for part in parts for prompt_id, marks in part.correct.items()},
-        num_tokens=sum(part.num_tokens for part in parts),
-        num_cut=sum(part.num_cut for part in parts),
-    )
 
 
 def merge_reports(reports: Sequence[UpdateReport]) -> UpdateReport:

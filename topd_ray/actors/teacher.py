@@ -1,7 +1,7 @@
 """The teacher worker: scores trajectories, looks ahead along them, and folds what it sees into targets."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -78,10 +78,10 @@ class TeacherWorker:
             metrics=(*(metric for chunk in chunks for metric in chunk.metrics), *window_metrics(guided)),
         )
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Completions:
-        """Graded answers of the teacher."""
+    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+        """Graded answers of the teacher, in parts."""
         with self._engine_lock:
-            return graded_answers(
+            yield from graded_answers(
                 self._engine,
                 lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
                 prompts,

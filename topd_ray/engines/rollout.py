@@ -92,8 +92,8 @@ class RolloutEngine:
         top_p: float,
         max_new_tokens: int,
         seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` answers to each prompt, as (token ids, finish reason); temperature 0 is greedy."""
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Each prompt with `num_samples` answers, as (token ids, finish reason), as it gets them; 0 is greedy."""
         self._check_whole()
         return self._engine.complete(
             prompts,

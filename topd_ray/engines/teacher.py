@@ -4,7 +4,7 @@ Axes: T response tokens of one trajectory, K top teacher tokens, V vocabulary, D
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
 import numpy as np
@@ -99,8 +99,8 @@ class TeacherEngine:
         top_p: float,
         max_new_tokens: int,
         seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` answers to each prompt, as (token ids, finish reason); temperature 0 is greedy."""
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Each prompt with `num_samples` answers, as (token ids, finish reason), as it gets them; 0 is greedy."""
         return self._engine.complete(
             prompts,
             num_samples=num_samples,

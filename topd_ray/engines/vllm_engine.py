@@ -114,9 +114,9 @@ class VllmEngine:
         top_p: float,
         max_new_tokens: int,
         seed: int,
-    ) -> list[list[Completion]]:
-        """`num_samples` answers to each prompt, as (token ids, finish reason)."""
-        answers: list[list[Completion]] = [[([], "length")] * num_samples for _ in prompts]
+    ) -> Iterator[tuple[Prompt, list[Completion]]]:
+        """Each prompt with `num_samples` answers, as (token ids, finish reason), as soon as it has all of them."""
+        answers: list[dict[int, Completion]] = [{} for _ in prompts]
         requests = (
             (
                 (row, sample),
@@ -134,7 +134,8 @@ class VllmEngine:
         for done in self.generate(requests):
             row, sample = done.key
             answers[row][sample] = (done.token_ids, done.reason)
-        return answers
+            if len(answers[row]) == num_samples:
+                yield prompts[row], [answers[row][index] for index in range(num_samples)]
 
     def score(self, sequences: Sequence[tuple[TokenIds, TokenIds]], top_k: int | str) -> list[TeacherScores]:
         """Top-k and sampled log-probs of every response token of (prompt ids, response ids), in float32 nats.

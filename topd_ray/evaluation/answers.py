@@ -1,11 +1,15 @@
 """Answers of a model to prompts, graded where they are generated, so that only right or wrong travels."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from topd_ray.config.schema import EvaluationConfig
 from topd_ray.evaluation.grading import grader
 from topd_ray.types import Completions, FinishReason, Prompt
+
+FLUSH_SECONDS = 0.5
+"""How often graded answers are reported."""
 
 
 class CompletionEngine(Protocol):
@@ -20,7 +24,7 @@ class CompletionEngine(Protocol):
         top_p: float,
         max_new_tokens: int,
         seed: int,
-    ) -> list[list[tuple[list[int], FinishReason]]]: ...
+    ) -> Iterator[tuple[Prompt, list[tuple[list[int], FinishReason]]]]: ...
 
 
 def graded_answers(
@@ -31,10 +35,12 @@ def graded_answers(
     *,
     max_new_tokens: int,
     seed: int,
-) -> Completions:
-    """Generate `evaluation.num_runs` answers per prompt and grade each against `prompt.answer`."""
+) -> Iterator[Completions]:
+    """Generate `evaluation.num_runs` answers per prompt, graded against `prompt.answer`; yield them in parts."""
     grade = grader(evaluation.grader)
-    answers = engine.complete(
+    parts: list[Completions] = []
+    flushed_at = time.monotonic()
+    answered = engine.complete(
         prompts,
         num_samples=evaluation.num_runs,
         temperature=evaluation.temperature,
@@ -42,12 +48,28 @@ def graded_answers(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    flat = [(token_ids, reason) for samples in answers for token_ids, reason in samples]
+    for prompt, samples in answered:
+        parts.append(
+            Completions(
+                correct={
+                    prompt.prompt_id: tuple(grade(decode(token_ids), prompt.answer or "") for token_ids, _ in samples)
+                },
+                num_tokens=sum(len(token_ids) for token_ids, _ in samples),
+                num_cut=sum(reason == "length" for _, reason in samples),
+            )
+        )
+        if time.monotonic() - flushed_at >= FLUSH_SECONDS:
+            yield merge_completions(parts)
+            parts, flushed_at = [], time.monotonic()
+    if parts:
+        yield merge_completions(parts)
+
+
+def merge_completions(parts: Iterable[Completions]) -> Completions:
+    """All parts of an evaluation as one."""
+    parts = list(parts)
     return Completions(
-        correct={
-            prompt.prompt_id: tuple(grade(decode(token_ids), prompt.answer or "") for token_ids, _ in samples)
-            for prompt, samples in zip(prompts, answers, strict=True)
-        },
-        num_tokens=sum(len(token_ids) for token_ids, _ in flat),
-        num_cut=sum(reason == "length" for _, reason in flat),
+        correct={prompt_id: marks for part in parts for prompt_id, marks in part.correct.items()},
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_cut=sum(part.num_cut for part in parts),
     )

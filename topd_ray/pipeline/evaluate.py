@@ -1,29 +1,44 @@
-"""`topd eval`: grade one model on the held-out prompts, in this process."""
+"""pass@1 of a model on the held-out prompts."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
+
+from tqdm import tqdm
 
 from topd_ray.actors.parts import threads
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.errors import ConfigError
-from topd_ray.evaluation.answers import graded_answers
+from topd_ray.evaluation.answers import graded_answers, merge_completions
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
-from topd_ray.pipeline.plan import load_heldout
+from topd_ray.pipeline.plan import Say, load_heldout
+from topd_ray.types import Completions
 
 
-def evaluate_model(config: TopdConfig, model: str | None, say: Callable[[str], None]) -> PassAt1:
-    """Print pass@1 of `model` (default: the config's student) with its 95 % interval, last as one JSON object."""
+def collect(parts: Iterable[Completions], num_prompts: int) -> Completions:
+    """All parts of an evaluation, with progress on a terminal."""
+    collected = []
+    with tqdm(total=num_prompts, desc="answering", unit="prompt", disable=None, leave=False) as progress:
+        for part in parts:
+            collected.append(part)
+            progress.update(len(part.correct))
+    return merge_completions(collected)
+
+
+def evaluate_model(config: TopdConfig, say: Say) -> PassAt1:
+    """`topd eval`: print pass@1 of the config's student, with its 95 % interval; the last line is one JSON object.
+
+    Runs in this process. Raises ConfigError where there are no held-out prompts.
+    """
     if config.data.heldout is None:
-        raise ConfigError("data.heldout is unset: there is nothing to evaluate on")
-    graded = config.student if model is None else config.student.model_copy(update={"model": model, "revision": None})
-    tokenizer = load_tokenizer(graded)
+        raise ConfigError("data.heldout: found none, right would be prompts to evaluate on")
+    tokenizer = load_tokenizer(config.student)
     prompts = load_heldout(config, tokenizer, say)
     max_new_tokens = config.evaluation.max_new_tokens or config.rollout.max_new_tokens
-    say(f"loading {graded.model}")
+    say(f"loading {config.student.model}")
     with RolloutEngine(
-        graded,
+        config.student,
         config.rollout,
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_new_tokens=max_new_tokens,
@@ -31,7 +46,7 @@ def evaluate_model(config: TopdConfig, model: str | None, say: Callable[[str], N
         seed=config.run.seed,
     ) as engine:
         say(f"answering {len(prompts)} prompts x {config.evaluation.num_runs}")
-        completions = graded_answers(
+        parts = graded_answers(
             engine,
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
             prompts,
@@ -39,18 +54,16 @@ def evaluate_model(config: TopdConfig, model: str | None, say: Callable[[str], N
             max_new_tokens=max_new_tokens,
             seed=config.run.seed,
         )
+        completions = collect(parts, len(prompts))
     accuracy = pass_at_1(completions.correct, seed=config.run.seed)
     say(f"pass@1 {accuracy.mean:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}], {completions.num_cut} answers cut")
-    print(
-        json.dumps(
-            {
-                "model": graded.model,
-                "pass_at_1": accuracy.mean,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "num_prompts": accuracy.num_prompts,
-                "num_runs": accuracy.num_runs,
-            }
-        )
-    )
+    result = {
+        "model": config.student.model,
+        "pass_at_1": accuracy.mean,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "num_prompts": accuracy.num_prompts,
+        "num_runs": accuracy.num_runs,
+    }
+    print(json.dumps(result))
     return accuracy

@@ -44,8 +44,8 @@ class Fleet(Protocol):
         """Make every rollout worker serve the learner's policy; return the version all of them acknowledged."""
         ...
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Completions:
-        """Graded answers of the `student` or the `teacher`."""
+    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
+        """Graded answers of the `student` or the `teacher`, in parts."""
         ...
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:

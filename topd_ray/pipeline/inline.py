@@ -60,7 +60,7 @@ class InlineFleet:
         assert bundle is not None, "one rank always packs its weights"
         return check_receipts(bundle, [self._rollout.update_weights(bundle)])
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Completions:
+    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         worker = self._rollout if model == "student" else self._teacher
         return worker.evaluate(prompts, seed=seed)
 

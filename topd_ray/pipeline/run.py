@@ -21,6 +21,7 @@ from topd_ray.metrics.records import reduce
 from topd_ray.metrics.sinks import Sinks
 from topd_ray.metrics.timing import Stopwatch
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState, write_whole
+from topd_ray.pipeline.evaluate import collect
 from topd_ray.pipeline.fleet import Fleet
 from topd_ray.pipeline.interrupt import Interrupt
 from topd_ray.pipeline.plan import Plan, Say
@@ -192,7 +193,8 @@ class Session:
         model = "teacher" if key == "teacher" else "student"
         watch = Stopwatch()
         with watch.time("evaluation"):
-            completions = self._fleet.evaluate(self._plan.heldout, model=model, seed=self._config.run.seed)
+            parts = self._fleet.evaluate(self._plan.heldout, model=model, seed=self._config.run.seed)
+            completions = collect(parts, len(self._plan.heldout))
         accuracy = pass_at_1(completions.correct, seed=self._config.run.seed)
         self._say(
             f"pass@1 of the {model}{'' if model == key else ' ' + key.replace('_', ' ')}: {accuracy.mean:.1%} "
