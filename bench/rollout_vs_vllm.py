@@ -1,4 +1,4 @@
-"""RolloutEngine.generate against bare vllm.LLM.generate on the same requests, as JSON.
+"""RolloutEngine.generate against bare vllm.LLM.generate on the same requests.
 
     python -m bench.rollout_vs_vllm [--model FOLDER] [--num-prompts N] [--repeats N] ...
 
@@ -7,18 +7,14 @@ sampled tokens' log-probs. They take turns, so that whatever else the machine do
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from topd_ray.engines.vocabulary import read_vocabulary
-
+from bench.report import save
 from topd_ray.config.schema import RolloutConfig, StudentConfig
+from topd_ray.data.tokenizer import read_vocabulary
 from topd_ray.engines.process import prepare_process
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.engines.vllm_engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES
@@ -26,12 +22,12 @@ from topd_ray.types import Prompt, RolloutRequest
 
 Written = dict[str, list[int]]
 """response token ids by trajectory id"""
-EMBEDDED_STUDENT = Path(__file__).parents[1] / "topd_ray" / "demo" / "pair" / "student"
+EMBEDDED_STUDENT = "topd_ray/demo/pair/student"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(EMBEDDED_STUDENT))
+    parser.add_argument("--model", default=EMBEDDED_STUDENT)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4)
@@ -126,7 +122,7 @@ def main() -> None:
     vocabulary = read_vocabulary(StudentConfig(model=arguments.model))
     requests = make_requests(arguments, vocabulary.size)
     engine, llm = build_ours(arguments), build_bare(arguments)
-    sides = {
+    sides: dict[str, Callable[[], Written]] = {
         "ours": lambda: run_ours(engine, requests),
         "bare": lambda: run_bare(llm, requests, vocabulary.eos_ids, arguments.max_new_tokens),
     }
@@ -137,7 +133,7 @@ def main() -> None:
             started = time.perf_counter()
             num_tokens = sum(len(ids) for ids in side().values())
             speeds[name].append(num_tokens / (time.perf_counter() - started))
-    print(json.dumps(report(arguments, written, speeds), indent=1))
+    save("rollout_vs_vllm", report(arguments, written, speeds))
     engine.shutdown()
 
 
@@ -154,20 +150,7 @@ def report(
         "same_tokens": sum(written["ours"][name] == written["bare"][name] for name in written["ours"])
         / len(written["ours"]),
         "arguments": vars(arguments),
-        "versions": {name: version(name) for name in ("torch", "transformers")} | {"vllm": vllm_version()},
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "os": platform.platform()},
     }
-
-
-def vllm_version() -> str:
-    from vllm.version import __version__
-
-    return str(__version__)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
