@@ -16,13 +16,9 @@ pass@1 on 500 held-out prompts of difficulty 5, seed 0 (the last cycle's row is 
     student  1      3           1400   2e-3     0.336   0.328
     student  2      5            160   1e-3     0.342   0.224
 
-The mean response is 38 tokens for both. One step took 0.5 to 1 s (teacher) and 0.15 to 0.5 s (student) on one thread of
-a shared 2-core machine, so the whole takes about 35 minutes to an hour. Weights are the same from run to run on one
-machine with the same torch; on another processor they, and the accuracies, differ a little.
-
-Distillation check (plain torch, an earlier teacher at 0.968 greedy): 150 updates of 64 rollouts at temperature 1,
-reverse KL over the full vocabulary, AdamW at 1.5e-3 falling to zero over the last 100 updates, lifted the student's
-greedy pass@1 from 0.342 to 0.586.
+The mean response is 38 tokens for both. Weights are the same from run to run on one machine with the same torch; another
+processor rounds differently. On a 2-core AMD EPYC the whole took 15 minutes and gave a teacher of 0.974 greedy and
+0.958 sampled, and a student of 0.334 and 0.248.
 """
 
 import argparse
