@@ -41,7 +41,7 @@ def build(teacher_NV: Tensor, sampled_N: Tensor, top_k: int) -> Support:
 
 
 def coarse(logits_NV: Tensor, support: Support, kind: str) -> Tensor:
-    student_NC, _ = support.student_logp(logits_NV)
+    student_NC, _ = support.student_logp(*support.split(logits_NV))
     return divergence(student_NC, support.teacher_logp, support.mask, kind, BETA)  # type: ignore[arg-type]
 
 
@@ -235,7 +235,7 @@ def test_rows_only_the_student_has_are_pushed_down(kind: str) -> None:
 def test_student_log_probs_are_of_the_whole_softmax() -> None:
     student, teacher = logits_pair(7, 5, 30, 3.0, torch.float64)
     support = build(teacher.log_softmax(1), torch.arange(5), 6)
-    student_NC, normaliser = support.student_logp(student)
+    student_NC, normaliser = support.student_logp(*support.split(student))
     torch.testing.assert_close(normaliser, student.logsumexp(1))
     expected = student.log_softmax(1).gather(1, support.ids).masked_fill(~support.mask[:, :-1], 0.0)
     torch.testing.assert_close(student_NC[:, :-1], expected)

@@ -16,9 +16,9 @@ pass@1 on 500 held-out prompts of difficulty 5, seed 0 (the last cycle's row is 
     student  1      3           1400   2e-3     0.336   0.328
     student  2      5            160   1e-3     0.342   0.224
 
-The mean response is 38 tokens for both. Weights are the same from run to run on one machine with the same torch; another
-processor rounds differently. On a 2-core AMD EPYC the whole took 15 minutes and gave a teacher of 0.974 greedy and
-0.958 sampled, and a student of 0.334 and 0.248.
+The mean response is 38 tokens for both. Weights are the same from run to run on one machine with the same torch;
+another processor rounds differently. On a 2-core AMD EPYC the whole took 15 minutes and gave a teacher of 0.974 greedy
+and 0.958 sampled, and a student of 0.334 and 0.248.
 """
 
 import argparse

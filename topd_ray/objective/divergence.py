@@ -63,18 +63,20 @@ class Support:
             is_floored=tail_N1.squeeze(1) <= floor,
         )
 
-    def student_logp(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """What `student_logp` reads of logits: those of `ids`, [N, K + 1], and the logsumexp of all others, [N]."""
+        outside_NV = logits_NV.scatter(1, self.ids, torch.finfo(logits_NV.dtype).min / 2)
+        return logits_NV.gather(1, self.ids), outside_NV.logsumexp(1)
+
+    def student_logp(self, picked_logits: Tensor, log_outside_N: Tensor) -> tuple[Tensor, Tensor]:
         """The student's log-probs on the support, [N, C] (masked columns 0), and its log-normaliser, [N].
 
         The tail is the logsumexp of the logits outside of the support: no 1 - sum, so value and gradient are right down
-        to the smallest tail, and no tail (k = V) gives no NaN. Only where the teacher's tail stands on its floor is the
-        student's floored as well: both tails are then equal, cost nothing, and teach nothing.
+        to the smallest tail, and no tail (k = V, a logsumexp of -inf or nearly) gives no NaN. Only where the teacher's
+        tail stands on its floor is the student's floored as well: both tails are then equal, cost nothing, and teach
+        nothing.
         """
-        token_mask = self.mask[:, :-1]
-        picked_logits = logits_NV.gather(1, self.ids)
-        outside_NV = logits_NV.scatter(1, self.ids, torch.finfo(logits_NV.dtype).min / 2)
-        log_outside_N = outside_NV.logsumexp(1)
-        log_inside_N = picked_logits.masked_fill(~token_mask, -torch.inf).logsumexp(1)
+        log_inside_N = picked_logits.masked_fill(~self.mask[:, :-1], -torch.inf).logsumexp(1)
         log_normaliser_N = torch.logaddexp(log_inside_N, log_outside_N)
         log_tail_N = log_outside_N - log_normaliser_N
         teacher_tail_N = self.teacher_logp[:, -1].to(log_tail_N)

@@ -1,18 +1,21 @@
 """The learner's loss, L_OPD + lambda * L_traj, from hidden states and the head's weight (paper, section 4).
 
-Logits exist for one chunk of tokens at a time, in the forward and in the backward pass: each chunk is checkpointed.
+The gradient is made together with the loss: chunk by chunk, logits become losses and then, in place, the gradient with
+respect to them, which goes into those of hidden states and head. So there is one forward product, and no
+[tokens, V] tensor larger than a chunk.
 
 Axes: N response tokens of a micro-batch, laid end to end without padding; D hidden width; V rows of the student's head;
-K top teacher tokens; Z nonzeros of the guidance. Log-probabilities in nats, at the rollout's temperature.
+K top teacher tokens; C = K + 1 tokens of the support; Z nonzeros of the guidance. Log-probabilities in nats, at the
+rollout's temperature.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from topd_ray.errors import DataError
 from topd_ray.objective.divergence import Support, divergence, sampled_policy_gradient
@@ -125,29 +128,15 @@ def topd_loss(
     Source: L_TOPD, the paper's section 4; the cap, its down-weighting ablation.
     """
     _check(hidden_ND, head_weight_VD, batch, spec, num_trajectories)
-    num_rows = hidden_ND.shape[0]
-    chunks = []
-    for start in range(0, max(num_rows, 1), spec.chunk_tokens):
-        stop = min(start + spec.chunk_tokens, num_rows)
-        chunks.append(
-            checkpoint(
-                _chunk,
-                hidden_ND[start:stop],
-                head_weight_VD,
-                head_bias,
-                batch.rows(start, stop),
-                spec,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        )
-    token_loss_N, guidance_N, figures_NF = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    scaled_loss_N = token_loss_N * _cap_scale(token_loss_N.detach(), batch)
-    loss = scaled_loss_N.sum() / max(num_tokens, 1.0)
+    guidance_share = 0.0
     if spec.method == "topd":
         normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
-        loss = loss + spec.guidance_weight * guidance_N.sum() / (normaliser or 1.0)
-    return loss, _metrics(scaled_loss_N.detach(), guidance_N.detach(), figures_NF, batch, spec)
+        guidance_share = spec.guidance_weight / (normaliser or 1.0)
+    scale_N = _cap_scale(hidden_ND, head_weight_VD, head_bias, batch, spec)
+    loss, token_loss_N, guidance_N, figures_NF = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_weight_VD, head_bias, batch, spec, scale_N / max(num_tokens, 1.0), guidance_share
+    )
+    return loss, _metrics(token_loss_N * scale_N, guidance_N, figures_NF, batch, spec)
 
 
 @torch.no_grad()
@@ -162,11 +151,13 @@ def student_logprobs(
     head_bias: Tensor | None = None,
 ) -> Tensor:
     """log p_S of one given token per row, [N] (nats), without gradient: the pre-flight check of scoring paths."""
-    spec = LossSpec(temperature=temperature, logit_softcap=logit_softcap)
+    spec = LossSpec(temperature=temperature, logit_softcap=logit_softcap, chunk_tokens=chunk_tokens)
+    head = _Head.of(hidden_ND, head_weight_VD, head_bias, spec, needs_grad=(False, False, False))
     parts = []
     for start in range(0, max(hidden_ND.shape[0], 1), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        logits_NV, _ = _logits(hidden_ND[rows], head_weight_VD, head_bias, spec)
+        rows = slice(start, min(start + chunk_tokens, hidden_ND.shape[0]))
+        logits_NV = head.logits(rows)
+        logits_NV -= logits_NV.amax(1, keepdim=True)
         parts.append(logits_NV.gather(1, token_ids[rows].long().unsqueeze(1)).squeeze(1) - logits_NV.logsumexp(1))
     return torch.cat(parts)
 
@@ -183,16 +174,189 @@ FIGURES = (
 )
 
 
+class _FusedLoss(torch.autograd.Function):
+    """Weighted sum of token losses and guidance; its gradients are ready when the forward pass ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_weight_VD: Tensor,
+        head_bias_V: Tensor | None,
+        batch: LossBatch,
+        spec: LossSpec,
+        token_share_N: Tensor,
+        guidance_share: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        head = _Head.of(hidden_ND, head_weight_VD, head_bias_V, spec, needs_grad=ctx.needs_input_grad[:3])
+        parts = []
+        for start in range(0, max(hidden_ND.shape[0], 1), spec.chunk_tokens):
+            rows = slice(start, min(start + spec.chunk_tokens, hidden_ND.shape[0]))
+            parts.append(_chunk(head, rows, batch.rows(rows.start, rows.stop), spec, token_share_N, guidance_share))
+        token_loss_N, guidance_N, figures_NF = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        loss = (token_loss_N * token_share_N).sum()
+        if guidance_share:
+            loss = loss + guidance_share * guidance_N.sum()
+        ctx.save_for_backward(*head.gradients())
+        ctx.mark_non_differentiable(token_loss_N, guidance_N, figures_NF)
+        return loss, token_loss_N, guidance_N, figures_NF
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if grad.item() != 1.0:
+            # In place: a second backward through the same graph is an error, which autograd raises by itself.
+            gradients = [one if one is None else one.mul_(grad.to(one.dtype)) for one in gradients]
+        return (*gradients, None, None, None, None)
+
+
+class _Head:
+    """The student's last layer: logits of a chunk, and the gradients that flow through it."""
+
+    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, spec: LossSpec) -> None:
+        self._hidden_ND = hidden_ND
+        self._weight_VD = weight_VD
+        self._bias_V = bias_V
+        self._spec = spec
+        self._slope_NV: Tensor | None = None
+        self.dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        self._hidden_grad_ND: Tensor | None = None
+        self._weight_grad_VD: Tensor | None = None
+        self._bias_grad_V: Tensor | None = None
+        self._dtypes: tuple[torch.dtype | None, ...] = (None, None, None)
+        size = min(spec.chunk_tokens, hidden_ND.shape[0]) * weight_VD.shape[0]
+        self._products = hidden_ND.new_empty(size)
+        """room for the product of a chunk, used again by every chunk"""
+
+    @classmethod
+    def of(
+        cls,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        spec: LossSpec,
+        *,
+        needs_grad: tuple[bool, bool, bool],
+    ) -> "_Head":
+        """Under autocast the products run in its dtype, else in that of the hidden states."""
+        dtype = hidden_ND.dtype
+        if torch.is_autocast_enabled(hidden_ND.device.type):
+            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        head = cls(hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype), spec)
+        head._dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        if needs_grad[0]:
+            head._hidden_grad_ND = torch.zeros_like(head._hidden_ND)
+        if needs_grad[1]:
+            head._weight_grad_VD = torch.zeros_like(head._weight_VD, dtype=head.dtype)
+        if needs_grad[2] and bias_V is not None:
+            head._bias_grad_V = torch.zeros_like(bias_V, dtype=head.dtype)
+        return head
+
+    @property
+    def needs_grad(self) -> bool:
+        return any(one is not None for one in (self._hidden_grad_ND, self._weight_grad_VD, self._bias_grad_V))
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits / temperature of these tokens, [rows, V], float32 or wider; overwritten by the next call."""
+        hidden_ND = self._hidden_ND[rows]
+        product_NV = self._products[: len(hidden_ND) * len(self._weight_VD)].view(len(hidden_ND), len(self._weight_VD))
+        torch.mm(hidden_ND, self._weight_VD.T, out=product_NV)
+        logits_NV = product_NV.to(self.dtype)
+        if self._bias_V is not None:
+            logits_NV += self._bias_V
+        cap = self._spec.logit_softcap
+        if cap is not None:
+            logits_NV.div_(cap).tanh_()
+            self._slope_NV = 1.0 - logits_NV.square() if self.needs_grad else None
+            logits_NV.mul_(cap)
+        return logits_NV if self._spec.temperature == 1.0 else logits_NV.div_(self._spec.temperature)
+
+    def add_gradient(self, rows: slice, grad_NV: Tensor) -> None:
+        """Take the loss's gradient with respect to the `logits` of these tokens."""
+        if self._slope_NV is not None:
+            grad_NV.mul_(self._slope_NV)
+        if self._bias_grad_V is not None:
+            self._bias_grad_V += grad_NV.sum(0)
+        grad_NV = grad_NV.to(self._hidden_ND.dtype)
+        if self._hidden_grad_ND is not None:
+            torch.mm(grad_NV, self._weight_VD, out=self._hidden_grad_ND[rows])
+        if self._weight_grad_VD is not None:
+            _add_product(self._weight_grad_VD, grad_NV, self._hidden_ND[rows])
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """With respect to hidden states, weight and bias, in the dtypes these came in."""
+        found = (self._hidden_grad_ND, self._weight_grad_VD, self._bias_grad_V)
+        return tuple(one if one is None else one.to(dtype) for one, dtype in zip(found, self._dtypes, strict=True))
+
+
+def _add_product(sum_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
+    """sum += grad^T hidden; bfloat16 products are added up in float32, a block of the vocabulary at a time."""
+    if sum_VD.dtype == grad_NV.dtype:
+        sum_VD.addmm_(grad_NV.T, hidden_ND)
+        return
+    for start in range(0, len(sum_VD), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        sum_VD[block] += grad_NV[:, block].T @ hidden_ND
+
+
+_BLOCK_ROWS = 16384
+
+
 def _chunk(
-    hidden_ND: Tensor, head_weight_VD: Tensor, head_bias: Tensor | None, batch: LossBatch, spec: LossSpec
+    head: _Head, rows: slice, batch: LossBatch, spec: LossSpec, token_share_N: Tensor, guidance_share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token losses [N], guidance KL summed over the windows [N], and detached FIGURES [N, F] of one chunk."""
-    logits_NV, argmax_N = _logits(hidden_ND, head_weight_VD, head_bias, spec)
+    """Token losses [N], guidance KL summed over the windows [N], and FIGURES [N, F] of one chunk.
+
+    The loss depends on the logits through few numbers: those of the support, the logsumexp of all others, and those of
+    the guidance's tokens. Autograd runs on these alone; a softmax spreads the gradient of the logsumexp.
+    """
+    logits_NV = head.logits(rows)
     support = Support.build(
         batch.teacher_topk_ids, batch.teacher_topk_logprobs, batch.sampled_ids, batch.teacher_sampled_logprobs
     )
-    student_NC, log_normaliser_N = support.student_logp(logits_NV)
-    sampled_N = logits_NV.gather(1, batch.sampled_ids.long().unsqueeze(1)).squeeze(1) - log_normaliser_N
+    rows_Z = torch.repeat_interleave(batch.target_indptr.diff())
+    ids_Z = batch.target_ids.long()
+    picked_NC = logits_NV.gather(1, support.ids)
+    target_Z = logits_NV[rows_Z, ids_Z]
+    # From here on, in place: exp(logit - peak) of the tokens outside of the support, 0 inside.
+    outside_NV = logits_NV.scatter_(1, support.ids, -torch.inf)
+    outside_peak_N = outside_NV.amax(1).clamp(min=torch.finfo(outside_NV.dtype).min)
+    outside_N = outside_NV.sub_(outside_peak_N.unsqueeze(1)).exp_().sum(1)
+    peak_N = torch.maximum(picked_NC.amax(1), outside_peak_N)  # shifting by it keeps differences exact
+    leaves = (
+        picked_NC - peak_N.unsqueeze(1),
+        outside_N.log() + (outside_peak_N - peak_N),
+        target_Z - peak_N[rows_Z],
+    )
+    with torch.set_grad_enabled(head.needs_grad):
+        for leaf in leaves:
+            leaf.requires_grad_(head.needs_grad)
+        token_loss_N, guidance_N, figures_NF = _losses(*leaves, support, rows_Z, batch, spec)
+        if head.needs_grad:
+            total = (token_loss_N * token_share_N[rows]).sum() + guidance_share * guidance_N.sum()
+            grad_NC, grad_outside_N, grad_Z = torch.autograd.grad(total, leaves, materialize_grads=True)
+    if head.needs_grad:
+        per_mass_N = torch.where(outside_N > 0, grad_outside_N / outside_N, 0.0)
+        grad_NV = outside_NV.mul_((per_mass_N / spec.temperature).unsqueeze(1))
+        grad_NV.scatter_add_(1, support.ids, grad_NC / spec.temperature)
+        grad_NV.index_put_((rows_Z, ids_Z), grad_Z / spec.temperature, accumulate=True)
+        head.add_gradient(rows, grad_NV)
+    return token_loss_N.detach(), guidance_N.detach(), figures_NF
+
+
+def _losses(
+    picked_NC: Tensor,
+    log_outside_N: Tensor,
+    target_Z: Tensor,
+    support: Support,
+    rows_Z: Tensor,
+    batch: LossBatch,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_chunk` returns, from the support's logits, the logsumexp outside of it, and the guidance's logits."""
+    student_NC, log_normaliser_N = support.student_logp(picked_NC, log_outside_N)
+    sampled_N = picked_NC[:, -1] - log_normaliser_N
     kind = "reverse" if spec.divergence == "sampled_pg" else spec.divergence
     divergence_N = divergence(student_NC, support.teacher_logp.to(student_NC), support.mask, kind, spec.jsd_beta)
     token_loss_N = divergence_N
@@ -203,10 +367,16 @@ def _chunk(
             batch.behaviour_logprobs.to(sampled_N),
             spec.importance_clip,
         )
-    guidance_N = _guidance(logits_NV, log_normaliser_N, batch) if spec.method == "topd" else torch.zeros_like(sampled_N)
+    guidance_N = torch.zeros_like(sampled_N)
+    if spec.method == "topd":
+        # sum_v w(v) (-log p_S(v)) - H: the KL of all windows that cover the token
+        logp_Z = target_Z - log_normaliser_N[rows_Z]
+        guidance_N = guidance_N.index_add(0, rows_Z, -batch.target_weights.to(logp_Z) * logp_Z)
+        guidance_N = guidance_N - batch.target_entropy.to(guidance_N)
     with torch.no_grad():
         mismatch_N = sampled_N - batch.behaviour_logprobs
-        top1_N = (batch.teacher_topk_ids[:, :1] == argmax_N.unsqueeze(1)).any(1)
+        # The largest logit has been shifted to 0, the teacher's likeliest token is the first.
+        top1_N = (picked_NC[:, 0] >= 0.0) & support.mask[:, 0] & bool(batch.teacher_topk_ids.shape[1])
         entropy_N = -(student_NC * student_NC.exp()).sum(1)
         tails = student_NC[:, -1].exp(), support.teacher_logp[:, -1].exp()
         columns = (divergence_N, entropy_N, mismatch_N, mismatch_N.abs(), top1_N, *tails)
@@ -214,31 +384,22 @@ def _chunk(
     return token_loss_N, guidance_N, figures_NF
 
 
-def _logits(
-    hidden_ND: Tensor, head_weight_VD: Tensor, head_bias: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, Tensor]:
-    """Logits / temperature, shifted so that the largest of each row is 0 (for precision), [N, V]; argmax, [N]."""
-    logits_NV = torch.nn.functional.linear(hidden_ND, head_weight_VD, head_bias)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if spec.logit_softcap is not None:
-        logits_NV = spec.logit_softcap * torch.tanh(logits_NV / spec.logit_softcap)
-    logits_NV = logits_NV / spec.temperature
-    peak_N, argmax_N = logits_NV.detach().max(1)
-    return logits_NV - peak_N.unsqueeze(1), argmax_N
+@torch.no_grad()
+def _cap_scale(
+    hidden_ND: Tensor, head_weight_VD: Tensor, head_bias_V: Tensor | None, batch: LossBatch, spec: LossSpec
+) -> Tensor:
+    """[N], median / loss for capped tokens above the median of their trajectory's token losses, else 1.
 
-
-def _guidance(logits_NV: Tensor, log_normaliser_N: Tensor, batch: LossBatch) -> Tensor:
-    """sum_v w(v) (-log p_S(v)) - H per token, [N]: the KL of all windows that cover it."""
-    rows_Z = torch.repeat_interleave(batch.target_indptr.diff())
-    logp_Z = logits_NV[rows_Z, batch.target_ids.long()] - log_normaliser_N[rows_Z]
-    cross_entropy_N = torch.zeros_like(log_normaliser_N).index_add(0, rows_Z, -batch.target_weights.to(logp_Z) * logp_Z)
-    return cross_entropy_N - batch.target_entropy
-
-
-def _cap_scale(token_loss_N: Tensor, batch: LossBatch) -> Tensor:
-    """[N], median / loss for capped tokens above the median of their trajectory's token losses, else 1."""
-    scale_N = torch.ones_like(token_loss_N)
-    for segment in sorted(set(batch.segment_ids[batch.capped].tolist())):
+    Where tokens are capped (the paper's ablations), the losses are computed once beforehand.
+    """
+    scale_N = hidden_ND.new_ones(hidden_ND.shape[0], dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+    segments = sorted(set(batch.segment_ids[batch.capped].tolist()))
+    if not segments:
+        return scale_N
+    _, token_loss_N, _, _ = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_weight_VD, head_bias_V, batch, spec, scale_N, 0.0
+    )
+    for segment in segments:
         is_own_N = batch.segment_ids == segment
         median = token_loss_N[is_own_N].quantile(0.5)
         scale_N = torch.where(is_own_N & batch.capped & (token_loss_N > median), median / token_loss_N, scale_N)
