@@ -44,7 +44,11 @@ def read_vocabulary(model: ModelConfig) -> Vocabulary:
     An answer ends where the tokenizer, config.json or generation_config.json says so. Raises ConfigError for files that
     do not load, for fewer embedding rows than ids, and where nothing ends an answer.
     """
-    tokenizer, config = load_tokenizer(model), _model_config(model)
+    return _vocabulary(model, load_tokenizer(model))
+
+
+def _vocabulary(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> Vocabulary:
+    config = _model_config(model)
     size = max(tokenizer.get_vocab().values()) + 1
     rows = int(config.vocab_size)
     if rows < size:
@@ -74,7 +78,7 @@ def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
             f"{len(differences)} tokens: {shown}. {_ONE_TOKENIZER}"
         )
     _check_specials(student, student_tokenizer, teacher, teacher_tokenizer)
-    of_student, of_teacher = read_vocabulary(student), read_vocabulary(teacher)
+    of_student, of_teacher = _vocabulary(student, student_tokenizer), _vocabulary(teacher, teacher_tokenizer)
     if teacher.top_k != "full" and teacher.top_k > of_student.size:
         raise ConfigError(
             f"teacher.top_k: found {teacher.top_k}, right would be at most the vocabulary of {of_student.size} "

@@ -133,6 +133,9 @@ def topd_loss(
         normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
         guidance_share = spec.guidance_weight / (normaliser or 1.0)
     scale_N = _cap_scale(hidden_ND, head_weight_VD, head_bias, batch, spec)
+    if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients for nobody
+        hidden_ND, head_weight_VD = hidden_ND.detach(), head_weight_VD.detach()
+        head_bias = None if head_bias is None else head_bias.detach()
     loss, token_loss_N, guidance_N, figures_NF = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_ND, head_weight_VD, head_bias, batch, spec, scale_N / max(num_tokens, 1.0), guidance_share
     )
@@ -189,11 +192,7 @@ class _FusedLoss(torch.autograd.Function):
         guidance_share: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         head = _Head.of(hidden_ND, head_weight_VD, head_bias_V, spec, needs_grad=ctx.needs_input_grad[:3])
-        parts = []
-        for start in range(0, max(hidden_ND.shape[0], 1), spec.chunk_tokens):
-            rows = slice(start, min(start + spec.chunk_tokens, hidden_ND.shape[0]))
-            parts.append(_chunk(head, rows, batch.rows(rows.start, rows.stop), spec, token_share_N, guidance_share))
-        token_loss_N, guidance_N, figures_NF = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        token_loss_N, guidance_N, figures_NF = _all_chunks(head, batch, spec, token_share_N, guidance_share)
         loss = (token_loss_N * token_share_N).sum()
         if guidance_share:
             loss = loss + guidance_share * guidance_N.sum()
@@ -303,6 +302,19 @@ def _add_product(sum_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
 _BLOCK_ROWS = 16384
 
 
+def _all_chunks(
+    head: _Head, batch: LossBatch, spec: LossSpec, token_share_N: Tensor, guidance_share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_chunk` returns, for all N tokens."""
+    num_rows = token_share_N.shape[0]
+    parts = []
+    for start in range(0, max(num_rows, 1), spec.chunk_tokens):
+        rows = slice(start, min(start + spec.chunk_tokens, num_rows))
+        parts.append(_chunk(head, rows, batch.rows(rows.start, rows.stop), spec, token_share_N, guidance_share))
+    token_loss_N, guidance_N, figures_NF = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return token_loss_N, guidance_N, figures_NF
+
+
 def _chunk(
     head: _Head, rows: slice, batch: LossBatch, spec: LossSpec, token_share_N: Tensor, guidance_share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -396,9 +408,8 @@ def _cap_scale(
     segments = sorted(set(batch.segment_ids[batch.capped].tolist()))
     if not segments:
         return scale_N
-    _, token_loss_N, _, _ = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head_weight_VD, head_bias_V, batch, spec, scale_N, 0.0
-    )
+    head = _Head.of(hidden_ND, head_weight_VD, head_bias_V, spec, needs_grad=(False, False, False))
+    token_loss_N, _, _ = _all_chunks(head, batch, spec, scale_N, 0.0)
     for segment in segments:
         is_own_N = batch.segment_ids == segment
         median = token_loss_N[is_own_N].quantile(0.5)
