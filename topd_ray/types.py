@@ -5,7 +5,7 @@ Log-probabilities are natural (nats), float32, of the distribution at the rollou
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -143,6 +143,13 @@ class GuidedTrajectory:
     capped: NDArray[np.bool_]
     """[T], true where the token's loss is capped at the trajectory's median (the paper's ablation)"""
     windows: Windows
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays together."""
+        parts = (self.trajectory, self.scores, self.targets, self.windows)
+        values = [getattr(part, field.name) for part in parts for field in fields(part)]
+        return self.capped.nbytes + sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,16 +140,19 @@ def test_trajectories_round_trip(many: list[Trajectory]) -> None:
 @settings(deadline=None)
 @given(guided=guided_trajectories())
 def test_guided_round_trip(guided: GuidedTrajectory) -> None:
-    batch = guided_to_batch(guided)
+    batch = guided_to_batch([guided, small_guided()])
     batch.validate(full=True)
-    assert_bitwise(guided, batch_to_guided(through_ipc(batch)))
+    first, second = batch_to_guided(through_ipc(batch))
+    assert_bitwise(guided, first)
+    assert_bitwise(small_guided(), second)
 
 
 def test_guided_round_trip_through_parquet(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_batches([guided_to_batch(small_guided())] * 2), tmp_path / "batch.parquet")
+    pq.write_table(pa.Table.from_batches([guided_to_batch([small_guided()])] * 2), tmp_path / "batch.parquet")
     (batch,) = pq.read_table(tmp_path / "batch.parquet").combine_chunks().to_batches()
-    assert_bitwise(small_guided(), batch_to_guided(batch, row=0))
-    assert_bitwise(small_guided(), batch_to_guided(batch, row=1))
+    assert batch.num_rows == 2
+    for back in batch_to_guided(batch):
+        assert_bitwise(small_guided(), back)
 
 
 def test_a_slice_of_a_batch_gives_its_own_rows() -> None:
@@ -160,7 +163,7 @@ def test_a_slice_of_a_batch_gives_its_own_rows() -> None:
 
 def test_views_share_memory_both_ways() -> None:
     guided = small_guided()
-    back = batch_to_guided(guided_to_batch(guided))
+    (back,) = batch_to_guided(guided_to_batch([guided]))
     assert np.shares_memory(guided.scores.topk_logprobs, back.scores.topk_logprobs)
     assert np.shares_memory(guided.trajectory.response_ids, back.trajectory.response_ids)
     assert np.shares_memory(guided.capped, back.capped)
@@ -169,7 +172,7 @@ def test_views_share_memory_both_ways() -> None:
 
 def test_schemas_carry_their_version() -> None:
     assert TRAJECTORY_SCHEMA.metadata == {b"topd_ray.schema": b"trajectory/1"}
-    assert guided_to_batch(small_guided()).schema.metadata == {b"topd_ray.schema": b"guided_trajectory/1"}
+    assert guided_to_batch([small_guided()]).schema.metadata == {b"topd_ray.schema": b"guided_trajectory/1"}
 
 
 def test_foreign_schemas_are_refused() -> None:
@@ -178,7 +181,7 @@ def test_foreign_schemas_are_refused() -> None:
         batch_to_guided(trajectories_to_batch([small_trajectory()]))
     with pytest.raises(DataError, match="a record batch of schema none was found where trajectory/1 would be right"):
         batch_to_trajectories(pa.RecordBatch.from_pylist([{"a": 1}]))
-    later = guided_to_batch(small_guided()).replace_schema_metadata({"topd_ray.schema": "guided_trajectory/2"})
+    later = guided_to_batch([small_guided()]).replace_schema_metadata({"topd_ray.schema": "guided_trajectory/2"})
     with pytest.raises(DataError, match="of schema guided_trajectory/2 was found"):
         batch_to_guided(later)
     torn = pa.RecordBatch.from_pylist([{"a": 1}]).replace_schema_metadata(GUIDED_SCHEMA.metadata)
@@ -201,4 +204,4 @@ def test_arrays_of_another_type_or_length_are_refused() -> None:
         windows=guided.windows,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"targets.indptr: found an array of shape \(4,\), right would be \(3,\)"):
-        guided_to_batch(wrong)
+        guided_to_batch([wrong])

@@ -14,6 +14,7 @@ from topd_ray.errors import TopdError
 def item(trajectory_id: str, num_bytes: int = 10) -> GuidedItem:
     return GuidedItem(
         handle=None,
+        row=0,
         trajectory_id=trajectory_id,
         policy_version=0,
         num_tokens=1,

@@ -21,6 +21,7 @@ from topd_ray.weights.checksum import WeightReceipt
 def item(index: int, num_tokens: int) -> GuidedItem:
     return GuidedItem(
         handle=None,
+        row=0,
         trajectory_id=f"{index:04d}",
         policy_version=0,
         num_tokens=num_tokens,

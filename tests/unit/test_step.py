@@ -29,6 +29,7 @@ class Script:
         for number, request in enumerate(rollouts[self.num_lost :]):
             item = GuidedItem(
                 handle=None,
+                row=0,
                 trajectory_id=request.trajectory_id,
                 policy_version=self.version,
                 num_tokens=5,

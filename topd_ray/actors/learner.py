@@ -137,13 +137,16 @@ class LearnerWorker:
         self._engine.shutdown()
 
     def _fetch(self, items: Sequence[GuidedItem]) -> list[GuidedTrajectory]:
-        return [batch_to_guided(batch) for batch in self._store.get([item.handle for item in items])]
+        batches = self._store.get([item.handle for item in items])
+        rows = {key: batch_to_guided(batch) for key, batch in {id(batch): batch for batch in batches}.items()}
+        return [rows[id(batch)][item.row] for item, batch in zip(items, batches, strict=True)]
 
     def _save_share(self, items: Sequence[GuidedItem]) -> Path:
         self._failed_batch_folder.mkdir(parents=True, exist_ok=True)
         path = self._failed_batch_folder / f"version-{self._engine.policy_version:06d}-rank-{self._rank}.parquet"
         unfinished = path.with_suffix(".tmp")
         batches: list[pa.RecordBatch] = self._store.get([item.handle for item in items])
-        pq.write_table(pa.Table.from_batches(batches), unfinished)
+        rows = [batch.slice(item.row, 1) for item, batch in zip(items, batches, strict=True)]
+        pq.write_table(pa.Table.from_batches(rows), unfinished)
         unfinished.rename(path)
         return path

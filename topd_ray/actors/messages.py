@@ -17,9 +17,10 @@ class RolloutChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuidedItem:
-    """One guided trajectory, as a record batch of one row behind `handle`."""
+    """One guided trajectory: a row of the record batch behind `handle`, which others may share."""
 
     handle: Handle
+    row: int
     trajectory_id: str
     policy_version: int
     num_tokens: int

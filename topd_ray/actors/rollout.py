@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from topd_ray.actors.messages import GuidedItem, RolloutChunk, WeightsBundle
 from topd_ray.actors.store import Store
-from topd_ray.actors.teacher import guided_item
+from topd_ray.actors.teacher import put_guided
 from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
 from topd_ray.data.arrow import trajectories_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
@@ -100,19 +100,17 @@ class RolloutWorker:
         trajectories = list(self._engine.generate(requests))
         sequences = [(t.prompt_ids, t.response_ids) for t in trajectories]
         scores = self._engine.score(sequences, top_k)
-        return [
-            guided_item(
-                GuidedTrajectory(
-                    trajectory=trajectory,
-                    scores=score,
-                    targets=SparseTargets.empty(trajectory.num_response_tokens),
-                    capped=np.zeros(trajectory.num_response_tokens, np.bool_),
-                    windows=Windows.empty(),
-                ),
-                self._store,
+        guided = [
+            GuidedTrajectory(
+                trajectory=trajectory,
+                scores=score,
+                targets=SparseTargets.empty(trajectory.num_response_tokens),
+                capped=np.zeros(trajectory.num_response_tokens, np.bool_),
+                windows=Windows.empty(),
             )
             for trajectory, score in zip(trajectories, scores, strict=True)
         ]
+        return list(put_guided(guided, self._store))
 
     def shutdown(self) -> None:
         self._engine.shutdown()

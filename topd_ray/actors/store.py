@@ -16,7 +16,9 @@ class Store(Protocol):
 
     def put(self, payload: Payload) -> Handle: ...
 
-    def get(self, handles: Sequence[Handle]) -> list[Payload]: ...
+    def get(self, handles: Sequence[Handle]) -> list[Payload]:
+        """The payloads in order; a handle that comes twice is fetched once, and gives the same object twice."""
+        ...
 
 
 class LocalStore:
@@ -39,4 +41,6 @@ class RayStore:
         return ray.put(payload)
 
     def get(self, handles: Sequence[Handle]) -> list[Payload]:
-        return list(ray.get(list(handles)))
+        once = list(dict.fromkeys(handles))
+        payloads = dict(zip(once, ray.get(once), strict=True))
+        return [payloads[handle] for handle in handles]

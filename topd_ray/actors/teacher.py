@@ -11,7 +11,11 @@ from topd_ray.config.schema import EvaluationConfig, NearFutureConfig, Objective
 from topd_ray.data.arrow import batch_to_trajectories, guided_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.evaluation.answers import graded_answers
+from topd_ray.grouping import runs_within
 from topd_ray.types import Completions, GuidedTrajectory, Metric, Prompt
+
+MAX_SHARED_BYTES = 1024**2
+"""Guided trajectories that share an object of the store; the learner ranks fetch whole objects."""
 
 
 class TeacherWorker:
@@ -74,7 +78,7 @@ class TeacherWorker:
             pending = self._look_ahead.ask(trajectories)
         guided = self._look_ahead.fold(pending, threshold)
         return GuidedChunk(
-            items=tuple(guided_item(one, self._store) for one in guided),
+            items=tuple(put_guided(guided, self._store)),
             metrics=(*(metric for chunk in chunks for metric in chunk.metrics), *window_metrics(guided)),
         )
 
@@ -101,18 +105,25 @@ class TeacherWorker:
         self._engine.shutdown()
 
 
-def guided_item(guided: GuidedTrajectory, store: Store) -> GuidedItem:
-    """Put a guided trajectory into the store and describe it."""
-    batch = guided_to_batch(guided)
-    return GuidedItem(
-        handle=store.put(batch),
-        trajectory_id=guided.trajectory.trajectory_id,
-        policy_version=guided.trajectory.policy_version,
-        num_tokens=guided.trajectory.num_response_tokens,
-        num_guided=guided.targets.num_guided,
-        num_bytes=batch.nbytes,
-        distances=tuple(float(distance) for distance in guided.windows.distances),
-    )
+def put_guided(guided: Sequence[GuidedTrajectory], store: Store) -> Iterator[GuidedItem]:
+    """Put guided trajectories into the store, in order, and describe each.
+
+    An object of the store costs about a millisecond, whatever it holds: small trajectories share one.
+    """
+    for share in runs_within(guided, lambda one: one.num_bytes, MAX_SHARED_BYTES):
+        batch = guided_to_batch(share)
+        handle = store.put(batch)
+        for row, one in enumerate(share):
+            yield GuidedItem(
+                handle=handle,
+                row=row,
+                trajectory_id=one.trajectory.trajectory_id,
+                policy_version=one.trajectory.policy_version,
+                num_tokens=one.trajectory.num_response_tokens,
+                num_guided=one.targets.num_guided,
+                num_bytes=one.num_bytes,
+                distances=tuple(one.windows.distances.tolist()),
+            )
 
 
 def window_metrics(guided: Sequence[GuidedTrajectory]) -> tuple[Metric, ...]:

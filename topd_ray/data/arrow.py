@@ -4,7 +4,8 @@ Arrays go in and come back as views of the same memory where Arrow allows it: al
 row on the way in. Views of a record batch are read-only. Booleans travel as bytes, since Arrow's own are bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,12 +68,20 @@ def trajectories_to_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
 
 def batch_to_trajectories(batch: pa.RecordBatch) -> list[Trajectory]:
     """Views of the rows of `batch`. Raises DataError for a batch of another schema."""
-    _check_schema(batch, TRAJECTORY_SCHEMA)
-    return [_trajectory(batch, row) for row in range(batch.num_rows)]
+    return [_trajectory(cells) for cells in _rows(batch, TRAJECTORY_SCHEMA)]
 
 
-def guided_to_batch(guided: GuidedTrajectory) -> pa.RecordBatch:
-    """One row, without a copy. Raises DataError for an array of another type or length than its record says."""
+def guided_to_batch(guided: Sequence[GuidedTrajectory]) -> pa.RecordBatch:
+    """One row a trajectory; a single one without a copy. Raises DataError as `trajectories_to_batch` does."""
+    return _to_batch([_guided_cells(one) for one in guided], GUIDED_SCHEMA)
+
+
+def batch_to_guided(batch: pa.RecordBatch) -> list[GuidedTrajectory]:
+    """Views of the rows of `batch`. Raises DataError for a batch of another schema."""
+    return [_guided(cells) for cells in _rows(batch, GUIDED_SCHEMA)]
+
+
+def _guided_cells(guided: GuidedTrajectory) -> dict[str, Any]:
     scores, targets, windows = guided.scores, guided.targets, guided.windows
     num_tokens, num_windows = guided.trajectory.num_response_tokens, len(windows.positions)
     top_k = scores.topk_ids.shape[1] if scores.topk_ids.ndim == 2 else 0
@@ -86,7 +95,7 @@ def guided_to_batch(guided: GuidedTrajectory) -> pa.RecordBatch:
     _check_shape("windows.distances", windows.distances, (num_windows,))
     _check_shape("windows.divergent", windows.divergent, (num_windows,))
     _check_shape("windows.teacher_indptr", windows.teacher_indptr, (num_windows + 1,))
-    cells = {
+    return {
         **_trajectory_cells(guided.trajectory),
         "top_k": top_k,
         "topk_ids": scores.topk_ids,
@@ -103,34 +112,30 @@ def guided_to_batch(guided: GuidedTrajectory) -> pa.RecordBatch:
         "window_teacher_indptr": windows.teacher_indptr,
         "window_teacher_ids": windows.teacher_ids,
     }
-    return _to_batch([cells], GUIDED_SCHEMA)
 
 
-def batch_to_guided(batch: pa.RecordBatch, row: int = 0) -> GuidedTrajectory:
-    """A view of one row of `batch`. Raises DataError for a batch of another schema."""
-    _check_schema(batch, GUIDED_SCHEMA)
-    top_k = batch.column("top_k")[row].as_py()
-    topk_shape = (_length(batch, "response_ids", row), top_k)
+def _guided(cells: dict[str, Any]) -> GuidedTrajectory:
+    topk_shape = (len(cells["response_ids"]), cells["top_k"])
     return GuidedTrajectory(
-        trajectory=_trajectory(batch, row),
+        trajectory=_trajectory(cells),
         scores=TeacherScores(
-            topk_ids=_array(batch, "topk_ids", row).reshape(topk_shape),
-            topk_logprobs=_array(batch, "topk_logprobs", row).reshape(topk_shape),
-            sampled_logprobs=_array(batch, "sampled_logprobs", row),
+            topk_ids=cells["topk_ids"].reshape(topk_shape),
+            topk_logprobs=cells["topk_logprobs"].reshape(topk_shape),
+            sampled_logprobs=cells["sampled_logprobs"],
         ),
         targets=SparseTargets(
-            indptr=_array(batch, "target_indptr", row),
-            token_ids=_array(batch, "target_ids", row),
-            weights=_array(batch, "target_weights", row),
-            entropy=_array(batch, "target_entropy", row),
+            indptr=cells["target_indptr"],
+            token_ids=cells["target_ids"],
+            weights=cells["target_weights"],
+            entropy=cells["target_entropy"],
         ),
-        capped=_array(batch, "capped", row).view(np.bool_),
+        capped=cells["capped"].view(np.bool_),
         windows=Windows(
-            positions=_array(batch, "window_positions", row),
-            distances=_array(batch, "window_distances", row),
-            divergent=_array(batch, "window_divergent", row).view(np.bool_),
-            teacher_indptr=_array(batch, "window_teacher_indptr", row),
-            teacher_ids=_array(batch, "window_teacher_ids", row),
+            positions=cells["window_positions"],
+            distances=cells["window_distances"],
+            divergent=cells["window_divergent"].view(np.bool_),
+            teacher_indptr=cells["window_teacher_indptr"],
+            teacher_ids=cells["window_teacher_ids"],
         ),
     )
 
@@ -142,12 +147,8 @@ def _trajectory_cells(trajectory: Trajectory) -> dict[str, Any]:
     return {key: getattr(trajectory, key) for key in _TRAJECTORY_COLUMNS}
 
 
-def _trajectory(batch: pa.RecordBatch, row: int) -> Trajectory:
-    cells: dict[str, Any] = {
-        key: _array(batch, key, row) if pa.types.is_large_list(kind) else batch.column(key)[row].as_py()
-        for key, kind in _TRAJECTORY_COLUMNS.items()
-    }
-    return Trajectory(**cells)
+def _trajectory(cells: dict[str, Any]) -> Trajectory:
+    return Trajectory(**{key: cells[key] for key in _TRAJECTORY_COLUMNS})
 
 
 def _to_batch(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
@@ -180,16 +181,21 @@ def _flat(name: str, array: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     return np.ascontiguousarray(array).reshape(-1)
 
 
-def _array(batch: pa.RecordBatch, name: str, row: int) -> NDArray[Any]:
-    column = batch.column(name)
-    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    view: NDArray[Any] = column.values.slice(start, stop - start).to_numpy(zero_copy_only=True)
-    return view
+def _rows(batch: pa.RecordBatch, schema: pa.Schema) -> Iterator[dict[str, Any]]:
+    """The cells of every row by column: Python values, and views of arrays."""
+    _check_schema(batch, schema)
+    columns = [_cells(batch.column(field.name)) for field in schema]
+    for cells in zip(*columns, strict=True):
+        yield dict(zip(schema.names, cells, strict=True))
 
 
-def _length(batch: pa.RecordBatch, name: str, row: int) -> int:
-    offsets = batch.column(name).offsets
-    return int(offsets[row + 1].as_py() - offsets[row].as_py())
+def _cells(column: pa.Array) -> list[Any]:
+    if not pa.types.is_large_list(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    offsets = column.offsets.to_pylist()
+    flat = column.values.to_numpy(zero_copy_only=True)
+    return [flat[start:stop] for start, stop in pairwise(offsets)]
 
 
 def _check_shape(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.checkpoint import checkpoint_folder, head_is_tied, tensor_shapes
 from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, VllmEngine
 from topd_ray.errors import RolloutError, WeightSyncError
+from topd_ray.grouping import runs_within
 from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
 from topd_ray.weights.checksum import WeightReceipt, fingerprint
 from topd_ray.weights.naming import ExpectedTensors
@@ -122,7 +123,7 @@ class RolloutEngine:
         receipt = fingerprint(received)
         self._serves_whole_policy = False
         self._engine.rpc("start_weight_update")
-        for part in _parts(named):
+        for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
             self._engine.rpc("update_weights", {"weights": part})
         self._engine.rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
@@ -163,17 +164,3 @@ class RolloutEngine:
             response_ids=np.asarray(done.token_ids, np.int32),
             behaviour_logprobs=np.asarray(done.logprobs, np.float32),
         )
-
-
-def _parts(named: Sequence[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Runs of tensors of at most MAX_RPC_BYTES together (one larger tensor goes alone)."""
-    part: list[tuple[str, torch.Tensor]] = []
-    num_bytes = 0
-    for name, tensor in named:
-        if part and num_bytes + tensor.nbytes > MAX_RPC_BYTES:
-            yield part
-            part, num_bytes = [], 0
-        part.append((name, tensor))
-        num_bytes += tensor.nbytes
-    if part:
-        yield part

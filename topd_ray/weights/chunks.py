@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from topd_ray.grouping import runs_within
 from topd_ray.weights.checksum import Fingerprint, fingerprint
 
 MAX_CHUNK_BYTES = 256 * 1024**2
@@ -40,18 +41,8 @@ def pack(
     tensors: Iterable[tuple[str, torch.Tensor]], max_chunk_bytes: int = MAX_CHUNK_BYTES
 ) -> tuple[list[Chunk], Fingerprint]:
     """Copy named tensors (of any device) into chunks of at most `max_chunk_bytes`, or of one larger tensor."""
-    chunks: list[Chunk] = []
-    waiting: list[tuple[str, torch.Tensor]] = []
-    num_waiting = 0
-    for name, tensor in tensors:
-        num_bytes = _padded(tensor.nbytes)
-        if waiting and num_waiting + num_bytes > max_chunk_bytes:
-            chunks.append(_chunk(waiting))
-            waiting, num_waiting = [], 0
-        waiting.append((name, tensor.detach()))
-        num_waiting += num_bytes
-    if waiting:
-        chunks.append(_chunk(waiting))
+    runs = runs_within(tensors, lambda named: _padded(named[1].nbytes), max_chunk_bytes)
+    chunks = [_chunk(run) for run in runs]
     return chunks, fingerprint(unpack(chunks))
 
 
@@ -72,7 +63,7 @@ def _chunk(tensors: Sequence[tuple[str, torch.Tensor]]) -> Chunk:
     start = 0
     for name, tensor in tensors:
         dtype = str(tensor.dtype).removeprefix("torch.")
-        target[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+        target[start : start + tensor.nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
         entries.append(Entry(name=name, dtype=dtype, shape=tuple(tensor.shape), start=start))
         start += _padded(tensor.nbytes)
     return Chunk(entries=tuple(entries), octets=octets)
