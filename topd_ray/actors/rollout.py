@@ -26,8 +26,9 @@ from topd_ray.types import (
 from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.chunks import unpack
 
-FLUSH_SECONDS = 0.05
-"""How long finished trajectories wait for company before they are handed on."""
+HANDOVER_SHARE = 0.1
+"""Largest share of a rollout worker's time that goes into handing finished trajectories on: a handover waits, and gathers
+company, until the time since the last one makes up for what that cost."""
 
 
 class RolloutWorker:
@@ -70,12 +71,14 @@ class RolloutWorker:
     def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
         """Yield trajectories as they finish, or with `whole` all of them at the end, in the order of their ids."""
         finished: list[Trajectory] = []
-        flushed_at = time.monotonic()
+        next_handover = 0.0
         for trajectory in self._engine.generate(requests):
             finished.append(trajectory)
-            if not whole and time.monotonic() - flushed_at >= FLUSH_SECONDS:
+            started = time.monotonic()
+            if not whole and started >= next_handover:
                 yield self._chunk(finished)
-                finished, flushed_at = [], time.monotonic()
+                ended = time.monotonic()
+                finished, next_handover = [], ended + (ended - started) / HANDOVER_SHARE
         if finished:
             yield self._chunk(sorted(finished, key=lambda trajectory: trajectory.trajectory_id))
 
