@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ def test_runs_keep_order_and_stay_within_the_limit(sizes: list[int], limit: int)
     assert all(run for run in runs)
     for run in runs:
         assert sum(run) <= limit or len(run) == 1
-    for run, following in zip(runs, runs[1:], strict=False):
+    for run, following in pairwise(runs):
         assert sum(run) + following[0] > limit
 
 
