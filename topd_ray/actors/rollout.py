@@ -27,8 +27,8 @@ from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.chunks import unpack
 
 HANDOVER_SHARE = 0.1
-"""Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers company,
-until the time since the last one makes up for what that one cost."""
+"""Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers
+company, until the time since the last one makes up for what that one cost."""
 
 
 class RolloutWorker:
