@@ -169,12 +169,10 @@ class RayFleet:
         return messages
 
     def publish_weights(self) -> int:
-        bundle = self._on_all_ranks("pack_weights")[0]
-        receipts = self._fetch(
-            [worker.update_weights.remote(bundle) for worker in self._rollouts],
-            timeout=self._config.weights.timeout_seconds,
-        )
-        return check_receipts(bundle, receipts)
+        packing = [learner.pack_weights.remote() for learner in self._learners]
+        updating = [worker.update_weights.remote(packing[0]) for worker in self._rollouts]  # not by way of the driver
+        bundle = self._fetch(packing)[0]
+        return check_receipts(bundle, self._fetch(updating, timeout=self._config.weights.timeout_seconds))
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         workers = self._rollouts if model == "student" else self._teachers
