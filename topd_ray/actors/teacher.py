@@ -109,6 +109,7 @@ def guided_item(guided: GuidedTrajectory, store: Store) -> GuidedItem:
         trajectory_id=guided.trajectory.trajectory_id,
         policy_version=guided.trajectory.policy_version,
         num_tokens=guided.trajectory.num_response_tokens,
+        num_positions=len(guided.trajectory.prompt_ids) + guided.trajectory.num_response_tokens,
         num_guided=guided.targets.num_guided,
         num_bytes=batch.nbytes,
         distances=tuple(float(distance) for distance in guided.windows.distances),

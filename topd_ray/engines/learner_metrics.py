@@ -22,7 +22,8 @@ METRIC_KEYS = {
 }
 """Key of each of the loss's figures (`LossMetrics` says what they are). `learn` adds `loss/total` (L_OPD + lambda
 L_traj), `learner/grad_norm` (before clipping), `learner/learning_rate`, `learner/tokens` (response tokens of the
-update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions computed for nothing)."""
+update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions computed for nothing: rows
+are not padded, but a rank out of work gets stand-ins)."""
 
 
 class Tally:
@@ -41,11 +42,11 @@ class Tally:
         tokens = micro_batch.tokens
         self.losses.append(loss * micro_batch.weight)
         self.trajectory_ids.append(tokens.trajectory_ids)
-        self._num_computed += tokens.input_ids_BL.numel()
+        self._num_computed += len(tokens.input_ids_P)
         if micro_batch.weight > 0.0:
             self._figures.append(figures)
             self._num_tokens += len(tokens.sampled_ids_N)
-            self._num_positions += tokens.num_input_tokens
+            self._num_positions += len(tokens.input_ids_P)
 
     def metrics(self) -> list[Metric]:
         """Ranks add up: a total of the whole batch has count 1 over all of them. Means of nothing are left out."""
