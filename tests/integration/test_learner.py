@@ -163,9 +163,13 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tied"), seed=0, tied=True)
 
 
-def test_loss_and_gradient_are_those_of_the_plain_loss(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch(5, top_k=NUM_TOKENS)
-    engine = make_engine(student)
+@pytest.mark.parametrize("budget", ["one_trajectory", 10, 40, 1000])
+def test_loss_and_gradient_are_those_of_the_plain_loss(
+    student: Path, monkeypatch: pytest.MonkeyPatch, budget: int | str
+) -> None:
+    """However trajectories are packed; all but one are longer than 10 tokens."""
+    batch = make_batch(5, top_k=NUM_TOKENS)[:: 1 if budget == 40 else -1]
+    engine = make_engine(student, max_tokens_per_micro_batch=budget)
     gradients: dict[str, torch.Tensor] = {}
 
     def capture(self: LearnerEngine) -> float:
@@ -227,7 +231,7 @@ def test_metrics_say_what_the_update_did(tied: Path) -> None:
     assert found.keys() == {*METRIC_KEYS.values(), *(f"learner/{key}" for key in own - {"total"}), "loss/total"}
     assert found["learner/tokens"] == totals(batch)["num_tokens"]
     lengths = [len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens - 1 for one in batch]
-    assert found["learner/micro_batches"] == len(pack(lengths, 40)) == -(-sum(lengths) // 40)
+    assert found["learner/micro_batches"] == len(pack(lengths, 40)) == 3
     assert found["learner/learning_rate"] == pytest.approx(0.1 / 5)
     assert found["loss/total"] == pytest.approx(
         found["loss/opd"] + ObjectiveConfig().guidance_weight * found["loss/guidance"], rel=1e-5
@@ -469,9 +473,10 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert ranks[1]["weights"] == {}
         assert_near(ranks[0]["weights"], weights)
         assert ranks[0]["resumed_bitwise"]
-        shares = [dict((key, (total, count)) for key, total, count in one["updates"][0]) for one in ranks]
-        assert [share["learner/padding"][0] for share in shares] == [0, 1]
-        assert [share["learner/micro_batches"][0] for share in shares] == [2, 2]
+        sums = [{key: total for key, total, _ in one["updates"][0]} for one in ranks]
+        assert [one["learner/padding"] for one in sums] == [0, 1]
+        assert [one["learner/micro_batches"] for one in sums] == [2, 2]
+        assert [one["num_logprobs"] for one in ranks] == [4, 0]
         for of_ranks, expected in zip(zip(*(one["updates"] for one in ranks), strict=True), updates, strict=True):
             found = reduced(of_ranks)
             for key in expected.keys() - {"learner/micro_batches", "learner/padding"}:
@@ -497,6 +502,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
         group = {"rank": rank, "world_size": 2, "init_method": init_method, "zero_stage": stage}
         engine = make_engine(folder / kind, **group)
         loss = engine.loss(share, **totals(batch))
+        logprobs = engine.logprobs([] if rank == 1 else [one.trajectory for one in share])
         updates = [engine.learn(share, **totals(batch))]
         engine.save(folder / f"checkpoint-{kind}{stage}")
         updates.append(engine.learn(share, **totals(batch)))
@@ -512,6 +518,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
         engine.shutdown()
         found = {
             "loss": loss,
+            "num_logprobs": len(logprobs),
             "updates": [[(one.key, one.sum, one.count) for one in update] for update in updates],
             "weights": weights,
             "resumed_bitwise": all(torch.equal(resumed[name], tensor) for name, tensor in weights.items()),
