@@ -1,7 +1,5 @@
 """What an update reports, and under which keys."""
 
-from collections import defaultdict
-
 import torch
 
 from topd_ray.engines.collate import MicroBatch
@@ -51,16 +49,20 @@ class Tally:
     def metrics(self) -> list[Metric]:
         """Ranks add up: a total of the whole batch has count 1 over all of them. Means of nothing are left out."""
         whole = 1.0 / self._world_size
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for figures in self._figures:
-            for metric in figures.to_metrics():
-                pair = sums[METRIC_KEYS[metric.key]]
-                pair[0] += metric.sum
-                pair[1] += metric.count
+        sums = self._summed_figures()
         return [
             Metric(key="loss/total", sum=float(torch.stack(self.losses).double().sum()), count=whole),
-            *(Metric(key=key, sum=total, count=count) for key, (total, count) in sums.items() if count > 0.0),
+            *(Metric(key=METRIC_KEYS[key], sum=total, count=count) for key, (total, count) in sums if count > 0.0),
             Metric(key="learner/tokens", sum=self._num_tokens, count=whole),
             Metric(key="learner/micro_batches", sum=len(self.losses)),
             Metric(key="learner/padding", sum=self._num_computed - self._num_positions, count=self._num_computed),
         ]
+
+    def _summed_figures(self) -> list[tuple[str, list[float]]]:
+        """(sum, count) of each figure over the micro-batches; one transfer from the device."""
+        if not self._figures:
+            return []
+        pairs = torch.stack(
+            [torch.stack([torch.stack(pair) for pair in one.figures.values()]).double() for one in self._figures]
+        )
+        return list(zip(self._figures[0].figures, pairs.sum(0).tolist(), strict=True))

@@ -106,12 +106,15 @@ class StudentWithLoss(nn.Module):
     ) -> tuple[torch.Tensor, LossMetrics | None]:
         """(loss, metrics) of a MicroBatch, ([N] log-probabilities in nats, None) of a TokenBatch."""
         tokens = batch if isinstance(batch, TokenBatch) else batch.tokens
-        hidden_1PD = self.model.base_model(
-            input_ids=tokens.input_ids_P[None], use_cache=False, **row_arguments(self.model, tokens.segments)
-        ).last_hidden_state
-        hidden_ND = hidden_1PD.squeeze(0).index_select(0, tokens.predictor_N)
+        hidden_ND = self.hidden_states(tokens).index_select(0, tokens.predictor_N)
         value, metrics = self.head(hidden_ND, batch, totals)
         return value, metrics
+
+    def hidden_states(self, tokens: TokenBatch) -> torch.Tensor:
+        """Of the last layer, at all positions: [P, D]."""
+        arguments = row_arguments(self.model, tokens.segments)
+        hidden_1PD = self.model.base_model(input_ids=tokens.input_ids_P[None], use_cache=False, **arguments)[0]
+        return hidden_1PD.squeeze(0)
 
 
 def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.device) -> Any:
