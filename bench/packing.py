@@ -54,7 +54,8 @@ class PaddedLearner(LearnerEngine):
 
         def hidden_states(tokens: PaddedTokens) -> torch.Tensor:
             ids_BL = tokens.input_ids_P.view(tokens.shape)
-            return student.model.base_model(input_ids=ids_BL, use_cache=False)[0].flatten(0, 1)
+            hidden_BLD: torch.Tensor = student.model.base_model(input_ids=ids_BL, use_cache=False)[0]
+            return hidden_BLD.flatten(0, 1)
 
         student.hidden_states = hidden_states
 
@@ -77,7 +78,7 @@ class PaddedLearner(LearnerEngine):
 def padded(tokens: TokenBatch) -> PaddedTokens:
     lengths = tokens.segments.lengths
     longest = max(lengths)
-    rows = tokens.input_ids_P.split(list(lengths))
+    rows = torch.split(tokens.input_ids_P, list(lengths))
     ids_BL = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     shift = torch.arange(len(lengths)) * longest - tokens.segments.bounds[:-1].long()
     return PaddedTokens(
@@ -156,7 +157,7 @@ def make_guided(draw: np.random.Generator, name: str, num_tokens: int) -> Guided
 
 def run(name: str, batch: Sequence[GuidedTrajectory], sides: dict[str, LearnerEngine]) -> dict[str, Any]:
     """Seconds of an update on every side, in turns; the losses have to agree."""
-    totals = {
+    totals: dict[str, Any] = {
         "num_tokens": float(sum(one.trajectory.num_response_tokens for one in batch)),
         "num_guided": sum(one.targets.num_guided for one in batch),
         "num_trajectories": len(batch),
