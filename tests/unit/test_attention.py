@@ -87,3 +87,20 @@ def test_other_attention_is_refused(arguments: dict[str, Any], what: str) -> Non
     arguments = {"segments": Segments.of((3,), CPU), **arguments}
     with pytest.raises(NotImplementedError, match=f"Module asks for {what}: this is plain causal attention"):
         packed_attention(MODULE, *make_row([3]), None, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 5])
+def test_variable_length_attention_is_that_of_softmax(window: int | None) -> None:
+    lengths = [20, 1, 130]
+    row = make_row(lengths, dtype=torch.bfloat16)
+    on_gpu = [one.detach().cuda().requires_grad_() for one in row]
+    segments = Segments.of(tuple(lengths), torch.device("cuda"))
+    found, _ = packed_attention(MODULE, *on_gpu, None, segments=segments, scaling=0.3, sliding_window=window)
+    exact = [one.detach().double().requires_grad_() for one in row]
+    right = written_out(exact, lengths, 0.3, window)
+    assert (found.cpu() - right).abs().max() < 3e-2
+    for mine, theirs in zip(
+        torch.autograd.grad(found.sum(), on_gpu), torch.autograd.grad(right.sum(), exact), strict=True
+    ):
+        assert (mine.cpu() - theirs).norm() < 3e-2 * theirs.norm()

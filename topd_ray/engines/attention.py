@@ -24,8 +24,8 @@ PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 one trajectory into the next, and a chunked one counts its chunks from the start of the row."""
 PROBE_LENGTHS = (5, 8, 3)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Largest relative error of the hidden states that is put down to rounding; what a trajectory sees of another, or a
-softcap left out, is more."""
+"""Largest relative error of the hidden states that is put down to rounding. Seen in bfloat16: 0.012 with 24 layers, and
+0.33 or more where trajectories see each other."""
 ONE_EACH = "learner.max_tokens_per_micro_batch=one_trajectory gives every trajectory a forward pass of its own"
 
 _log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def packed_attention(
     """Causal softmax attention inside of each trajectory: [1, H, P, D], [1, G, P, D] twice -> ([1, P, H, D], None).
 
     Half precision on a GPU takes PyTorch's variable-length flash attention. All else goes trajectory by trajectory
-    through `scaled_dot_product_attention`: nothing is padded or copied, and on a CPU it is as fast as the best padded
-    buckets of equal length (forward and backward of 64 trajectories of 20 to 160 tokens, 2 cores: 16 ms, as 4 buckets;
+    through `scaled_dot_product_attention`: nothing is padded, and on a CPU it is as fast as the best padded
+    buckets of similar length (forward and backward of 64 trajectories of 20 to 160 tokens, 2 cores: 16 ms, as 4 buckets;
     1 bucket 27 ms, a block-diagonal mask 510 ms).
 
     Called by transformers through its attention interface. Raises NotImplementedError for anything but plain attention,
