@@ -67,8 +67,8 @@ def packed_attention(
 
     Half precision on a GPU takes PyTorch's variable-length flash attention. All else goes trajectory by trajectory
     through `scaled_dot_product_attention`: nothing is padded, and on a CPU it is as fast as the best padded
-    buckets of similar length (forward and backward of 64 trajectories of 20 to 160 tokens, 2 cores: 16 ms, as 4 buckets;
-    1 bucket 27 ms, a block-diagonal mask 510 ms).
+    buckets of similar length (forward and backward of 64 trajectories of 30 to 150 tokens, 2 cores: 16 ms, as 4
+    buckets; 1 bucket 27 ms, a block-diagonal mask 510 ms).
 
     Called by transformers through its attention interface. Raises NotImplementedError for anything but plain attention,
     with or without a sliding window, and if the model has not handed `segments` on.
