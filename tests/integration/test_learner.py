@@ -18,6 +18,7 @@ from tests.tiny import NUM_TOKENS, load_tiny_model, make_tiny_model, plain_logpr
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.engines.learner import LearnerEngine
 from topd_ray.engines.learner_metrics import METRIC_KEYS
+from topd_ray.engines.packing import pack
 from topd_ray.errors import CheckpointError, ConfigError, LearnerError, NonFiniteLossError
 from topd_ray.types import GuidedTrajectory, Metric, SparseTargets, TeacherScores, Trajectory, Windows
 
@@ -102,7 +103,7 @@ def make_engine(folder: Path, *, steps: Mapping[str, Any] = PLAIN_STEPS, **chang
     in_group = {key: changes.pop(key) for key in ("rank", "world_size", "init_method") if key in changes}
     return LearnerEngine(
         StudentConfig(model=str(folder)),
-        LearnerConfig(**{"zero_stage": 0, "micro_batch_size": 2, **steps, **changes}),
+        LearnerConfig(**{"zero_stage": 0, "max_tokens_per_micro_batch": 40, **steps, **changes}),
         ObjectiveConfig(),
         temperature=TEMPERATURE,
         total_updates=TOTAL_UPDATES,
@@ -162,9 +163,13 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tied"), seed=0, tied=True)
 
 
-def test_loss_and_gradient_are_those_of_the_plain_loss(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch(5, top_k=NUM_TOKENS)
-    engine = make_engine(student)
+@pytest.mark.parametrize("budget", ["one_trajectory", 10, 40, 1000])
+def test_loss_and_gradient_are_those_of_the_plain_loss(
+    student: Path, monkeypatch: pytest.MonkeyPatch, budget: int | str
+) -> None:
+    """However trajectories are packed; all but one are longer than 10 tokens."""
+    batch = make_batch(5, top_k=NUM_TOKENS)[:: 1 if budget == 40 else -1]
+    engine = make_engine(student, max_tokens_per_micro_batch=budget)
     gradients: dict[str, torch.Tensor] = {}
 
     def capture(self: LearnerEngine) -> float:
@@ -189,21 +194,25 @@ def test_stages_micro_batches_and_checkpointing_agree(student: Path) -> None:
     batch = make_batch(6, top_k=6)
     batch[2] = replace(batch[2], capped=np.arange(batch[2].trajectory.num_response_tokens) % 2 == 0)
     found = {}
-    for stage, size, checkpointing in [
-        (0, 6, False),
-        (0, 1, False),
-        (0, 4, True),
-        (1, 2, False),
-        (2, 2, False),
-        (3, 2, True),
+    for stage, budget, checkpointing in [
+        (0, 1000, False),
+        (0, "one_trajectory", False),
+        (0, 60, True),
+        (1, 30, False),
+        (2, 30, False),
+        (3, 30, True),
     ]:
         engine = make_engine(
-            student, zero_stage=stage, micro_batch_size=size, gradient_checkpointing=checkpointing, warmup_fraction=0.5
+            student,
+            zero_stage=stage,
+            max_tokens_per_micro_batch=budget,
+            gradient_checkpointing=checkpointing,
+            warmup_fraction=0.5,
         )
         metrics = [figures(engine.learn(batch, **totals(batch))) for _ in range(2)]
-        found[stage, size] = metrics, weights_of(engine)
+        found[stage, budget] = metrics, weights_of(engine)
         engine.shutdown()
-    whole_metrics, whole_weights = found.pop((0, 6))
+    whole_metrics, whole_weights = found.pop((0, 1000))
     before = load_file(student / "model.safetensors")
     assert max((whole_weights[name] - before[name]).abs().max() for name in before) > 1e-3
     for metrics, weights in found.values():
@@ -215,25 +224,24 @@ def test_stages_micro_batches_and_checkpointing_agree(student: Path) -> None:
 
 def test_metrics_say_what_the_update_did(tied: Path) -> None:
     batch = make_batch(6, top_k=6)
-    engine = make_engine(tied, micro_batch_size=4, warmup_fraction=0.5)
+    engine = make_engine(tied, warmup_fraction=0.5)
     found = figures(engine.learn(batch, **totals(batch)))
     engine.shutdown()
     own = {"total", "grad_norm", "learning_rate", "tokens", "micro_batches", "padding"}
     assert found.keys() == {*METRIC_KEYS.values(), *(f"learner/{key}" for key in own - {"total"}), "loss/total"}
     assert found["learner/tokens"] == totals(batch)["num_tokens"]
-    assert found["learner/micro_batches"] == 2
+    lengths = [len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens - 1 for one in batch]
+    assert found["learner/micro_batches"] == len(pack(lengths, 40)) == 3
     assert found["learner/learning_rate"] == pytest.approx(0.1 / 5)
     assert found["loss/total"] == pytest.approx(
         found["loss/opd"] + ObjectiveConfig().guidance_weight * found["loss/guidance"], rel=1e-5
     )
-    lengths = sorted(len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens - 1 for one in batch)[::-1]
-    computed = 4 * lengths[0] + 2 * lengths[4]
-    assert found["learner/padding"] == pytest.approx((computed - sum(lengths)) / computed)
+    assert found["learner/padding"] == 0.0
 
 
 def test_log_probabilities_are_those_of_a_plain_forward_pass(student: Path) -> None:
     trajectories = [one.trajectory for one in make_batch(5, top_k=1)]
-    engine = make_engine(student, micro_batch_size=5, zero_stage=3)
+    engine = make_engine(student, zero_stage=3)
     found = engine.logprobs(trajectories)
     assert engine.logprobs([]) == []
     engine.shutdown()
@@ -339,7 +347,7 @@ def test_a_loss_that_is_not_a_number_changes_nothing(tied: Path, stage: int) -> 
     spoilt = batch[1].scores.topk_logprobs.copy()
     spoilt[3, 2] = np.nan
     broken = [batch[0], replace(batch[1], scores=replace(batch[1].scores, topk_logprobs=spoilt)), *batch[2:]]
-    engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=stage, micro_batch_size=1)
+    engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=stage, max_tokens_per_micro_batch="one_trajectory")
     engine.learn(batch, **totals(batch))
     before = weights_of(engine)
     message = r"update 2: the loss is nan over the trajectories p1/0/0; the weights are those of version 1"
@@ -446,7 +454,7 @@ TWO_RANK_CASES = tuple((stage, kind) for kind in ("tied", "untied") for stage in
 
 
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    """Ranks with 4 and 2 trajectories in micro-batches of 2: one rank runs out of work before the other."""
+    """Ranks with 4 and 2 trajectories, in 2 micro-batches and in 1: a rank runs out of work before the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         init_method = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -465,6 +473,10 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert ranks[1]["weights"] == {}
         assert_near(ranks[0]["weights"], weights)
         assert ranks[0]["resumed_bitwise"]
+        sums = [{key: total for key, total, _ in one["updates"][0]} for one in ranks]
+        assert [one["learner/padding"] for one in sums] == [0, 1]
+        assert [one["learner/micro_batches"] for one in sums] == [2, 2]
+        assert [one["num_logprobs"] for one in ranks] == [4, 0]
         for of_ranks, expected in zip(zip(*(one["updates"] for one in ranks), strict=True), updates, strict=True):
             found = reduced(of_ranks)
             for key in expected.keys() - {"learner/micro_batches", "learner/padding"}:
@@ -490,6 +502,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
         group = {"rank": rank, "world_size": 2, "init_method": init_method, "zero_stage": stage}
         engine = make_engine(folder / kind, **group)
         loss = engine.loss(share, **totals(batch))
+        logprobs = engine.logprobs([] if rank == 1 else [one.trajectory for one in share])
         updates = [engine.learn(share, **totals(batch))]
         engine.save(folder / f"checkpoint-{kind}{stage}")
         updates.append(engine.learn(share, **totals(batch)))
@@ -505,6 +518,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
         engine.shutdown()
         found = {
             "loss": loss,
+            "num_logprobs": len(logprobs),
             "updates": [[(one.key, one.sum, one.count) for one in update] for update in updates],
             "weights": weights,
             "resumed_bitwise": all(torch.equal(resumed[name], tensor) for name, tensor in weights.items()),

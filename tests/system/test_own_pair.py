@@ -78,7 +78,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "kv_cache_bytes": 2**26,
         },
         "near_future": {"window": 6, "candidate_fraction": 0.2, "transport": "entropic", "teacher_decoding": "sample"},
-        "learner": {"num_ranks": 2, "micro_batch_size": 2, "zero_stage": 3, "dtype": "float32", "learning_rate": 3e-3},
+        "learner": {
+            "num_ranks": 2,
+            "max_tokens_per_micro_batch": 128,
+            "zero_stage": 3,
+            "dtype": "float32",
+            "learning_rate": 3e-3,
+        },
         "evaluation": {"grader": "math", "num_runs": 2, "temperature": 1.0},
     }
     config["data"] |= {"max_prompt_tokens": 100}

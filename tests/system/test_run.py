@@ -17,7 +17,7 @@ SMALL = (
     "run.steps=3",
     "rollout.prompts_per_step=8",
     "rollout.max_new_tokens=64",
-    "learner.micro_batch_size=4",
+    "learner.max_tokens_per_micro_batch=256",
     "data.arithmetic.num_heldout=16",
     "data.arithmetic.num_train=64",
 )

@@ -18,6 +18,7 @@ def item(trajectory_id: str, num_bytes: int = 10) -> GuidedItem:
         trajectory_id=trajectory_id,
         policy_version=0,
         num_tokens=1,
+        num_positions=2,
         num_guided=0.0,
         num_bytes=num_bytes,
         distances=(),

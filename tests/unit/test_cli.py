@@ -45,8 +45,8 @@ def test_all_bad_keys_are_named_at_once_with_the_nearest_right_one(capsys: pytes
     assert "run.steps" in message
 
 
-def test_a_batch_that_does_not_split_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "micro_batch_size" in refused(capsys, "learner.micro_batch_size=7")
+def test_a_micro_batch_too_small_for_a_trajectory_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "right would be at least 176" in refused(capsys, "learner.max_tokens_per_micro_batch=175")
 
 
 def test_more_teacher_tokens_than_the_vocabulary_has_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from topd_ray.engines.collate import collate, collate_tokens, split, stand_in
+from topd_ray.engines.collate import collate, collate_tokens, stand_in
 from topd_ray.errors import DataError
 from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
@@ -53,18 +53,29 @@ def pair() -> list[GuidedTrajectory]:
     ]
 
 
-def test_rows_are_padded_on_the_right_without_the_last_token(pair: list[GuidedTrajectory]) -> None:
+def test_trajectories_lie_end_to_end_without_their_last_token(pair: list[GuidedTrajectory]) -> None:
     tokens = collate_tokens([one.trajectory for one in pair], CPU)
-    assert tokens.input_ids_BL.tolist() == [[11, 12, 1, 0, 0], [21, 22, 23, 3, 4]]
-    assert tokens.num_input_tokens == 8
+    assert tokens.input_ids_P.tolist() == [11, 12, 1, 21, 22, 23, 3, 4]
+    assert tokens.segments.position_ids_P.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert tokens.segments.lengths == (3, 5)
+    assert tokens.segments.bounds.tolist() == [0, 3, 8]
+    assert tokens.segments.bounds.dtype == torch.int32
     assert tokens.num_response_tokens == (2, 3)
     assert tokens.trajectory_ids == ("a", "b")
+
+
+def test_a_response_of_one_token_is_predicted_from_the_prompt() -> None:
+    one = guided("a", [7], [5], SparseTargets.empty(1), -1.0)
+    tokens = collate_tokens([one.trajectory, one.trajectory], CPU)
+    assert tokens.input_ids_P.tolist() == [7, 7]
+    assert tokens.segments.position_ids_P.tolist() == [0, 0]
+    assert tokens.predictor_N.tolist() == [0, 1]
 
 
 def test_a_response_token_is_predicted_from_the_token_before_it(pair: list[GuidedTrajectory]) -> None:
     tokens = collate_tokens([one.trajectory for one in pair], CPU)
     assert tokens.sampled_ids_N.tolist() == [1, 2, 3, 4, 5]
-    before = tokens.input_ids_BL.flatten()[tokens.predictor_N]
+    before = tokens.input_ids_P[tokens.predictor_N]
     assert before.tolist() == [12, 1, 23, 3, 4]
 
 
@@ -96,21 +107,17 @@ def test_read_only_arrays_are_taken(pair: list[GuidedTrajectory], recwarn: pytes
     assert not recwarn.list
 
 
-def test_split_goes_from_long_to_short_and_keeps_the_order_of_equals() -> None:
-    assert split([3, 9, 3, 5, 9], 2) == [[1, 4], [3, 0], [2]]
-    assert split([], 2) == []
-
-
 def test_a_stand_in_weighs_nothing_and_fits() -> None:
     batch = collate([stand_in()], CPU, weight=0.0)
     assert batch.weight == 0.0
-    assert batch.tokens.input_ids_BL.tolist() == [[0]]
+    assert batch.tokens.input_ids_P.tolist() == [0]
     assert batch.tokens.predictor_N.tolist() == [0]
 
 
-def test_an_empty_prompt_is_refused(pair: list[GuidedTrajectory]) -> None:
-    empty = replace(pair[0].trajectory, prompt_ids=np.zeros(0, np.int32))
-    with pytest.raises(DataError, match="trajectory a has an empty prompt"):
+@pytest.mark.parametrize("part", ["prompt", "response"])
+def test_an_empty_part_is_refused(pair: list[GuidedTrajectory], part: str) -> None:
+    empty = replace(pair[0].trajectory, **{f"{part}_ids": np.zeros(0, np.int32)})
+    with pytest.raises(DataError, match=f"trajectory a has an empty {part}: give it at least one token"):
         collate_tokens([empty], CPU)
 
 

@@ -123,8 +123,16 @@ def test_one_problem(minimal: Path, override: str, line: str) -> None:
     ("overrides", "line"),
     [
         (
-            ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=1", "learner.micro_batch_size=2"],
-            "found a batch of 3 x 1 = 3 trajectories for 1 ranks x micro-batches of 2; right would be a batch that 2 ",
+            ["rollout.prompts_per_step=3", "rollout.samples_per_prompt=1", "learner.num_ranks=4"],
+            "found a batch of 3 x 1 = 3 trajectories for 4 ranks; right would be at least one each",
+        ),
+        (
+            ["learner.max_tokens_per_micro_batch=8799"],
+            "found 8799 tokens of one forward pass for trajectories of up to 800 + 8000; right would be at least 8800",
+        ),
+        (
+            ["learner.max_tokens_per_micro_batch=0"],
+            "learner.max_tokens_per_micro_batch: found 0 (an integer), right would be ",
         ),
         (["objective.divergence=sampled_pg", "objective.cap=low_ot"], "right would be cap none, or a divergence"),
         (["objective.divergence=sampled_pg", "rollout.top_p=0.9"], "right would be top_p 1"),
@@ -188,8 +196,8 @@ def test_a_tilde_is_the_home_folder(minimal: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_contradiction_is_made_up_from_a_bad_value(minimal: Path) -> None:
-    assert problems(minimal, "learner.micro_batch_size=four", "rollout.prompts_per_step=7") == [
-        'learner.micro_batch_size: found "four" (text), right would be integer >= 1'
+    assert problems(minimal, "learner.num_ranks=four", "rollout.prompts_per_step=7") == [
+        'learner.num_ranks: found "four" (text), right would be integer >= 1'
     ]
 
 

@@ -1,5 +1,6 @@
 """How work is shared out, what a driver message weighs, and what does not fit a machine."""
 
+import random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from topd_ray.actors.placement import check_local_fit, needs
 from topd_ray.actors.sharing import balance_ranks, check_receipts, split_requests
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
+from topd_ray.engines.packing import cost
 from topd_ray.errors import ConfigError, WeightSyncError
 from topd_ray.types import Prompt, RolloutRequest
 from topd_ray.weights.checksum import WeightReceipt
@@ -25,23 +27,33 @@ def item(index: int, num_tokens: int) -> GuidedItem:
         trajectory_id=f"{index:04d}",
         policy_version=0,
         num_tokens=num_tokens,
+        num_positions=num_tokens + 10,
         num_guided=2.0,
         num_bytes=1,
         distances=(),
     )
 
 
-@given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=16), num_ranks=st.integers(1, 4))
-def test_ranks_get_equally_many_items_and_none_is_lost(lengths: list[int], num_ranks: int) -> None:
-    items = [item(i, length) for i, length in enumerate(lengths * num_ranks)]
+@given(
+    lengths=st.lists(st.integers(1, 20_000), min_size=1, max_size=40), num_ranks=st.integers(1, 6), seed=st.randoms()
+)
+def test_ranks_differ_by_less_than_one_trajectory(lengths: list[int], num_ranks: int, seed: random.Random) -> None:
+    items = [item(i, length) for i, length in enumerate(lengths)]
     shares = balance_ranks(items, num_ranks)
-    assert [len(share) for share in shares] == [len(lengths)] * num_ranks
     assert sorted(one.trajectory_id for share in shares for one in share) == [one.trajectory_id for one in items]
+    loads = [sum(cost(one.num_positions) for one in share) for share in shares]
+    longest = max(cost(one.num_positions) for one in items)
+    assert max(loads) - min(loads) <= longest * (1 + 1e-9)
+    assert max(loads) <= 4 / 3 * max(longest, sum(loads) / num_ranks) + longest / 3
+    assert min(len(share) for share in shares) >= min(1, len(items) // num_ranks)
+    seed.shuffle(items)
+    assert balance_ranks(items, num_ranks) == shares
 
 
-def test_ranks_get_about_equally_many_tokens() -> None:
-    shares = balance_ranks([item(i, length) for i, length in enumerate([100, 90, 20, 10])], 2)
-    assert [sum(one.num_tokens for one in share) for share in shares] == [110, 110]
+def test_one_long_trajectory_outweighs_many_short_ones() -> None:
+    shares = balance_ranks([item(0, 8000), *(item(i, 500) for i in range(1, 25))], 2)
+    assert [len(share) for share in shares] == [3, 22]
+    assert sum(one.num_tokens for one in shares[0]) < sum(one.num_tokens for one in shares[1]) - 1000
 
 
 def test_samples_of_a_prompt_stay_on_one_worker() -> None:

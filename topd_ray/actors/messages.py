@@ -25,6 +25,8 @@ class GuidedItem:
     policy_version: int
     num_tokens: int
     """response tokens"""
+    num_positions: int
+    """tokens of prompt and response"""
     num_guided: float
     """(window, position) pairs the teacher guides"""
     num_bytes: int

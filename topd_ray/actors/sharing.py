@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from topd_ray.actors.messages import GuidedItem, WeightsBundle
+from topd_ray.engines.packing import balance, cost
 from topd_ray.errors import WeightSyncError
 from topd_ray.types import Metric, RolloutRequest, UpdateReport
 from topd_ray.weights.checksum import WeightReceipt
@@ -27,13 +28,10 @@ def split_requests(requests: Sequence[RolloutRequest], num_workers: int) -> list
 
 
 def balance_ranks(items: Sequence[GuidedItem], num_ranks: int) -> list[list[GuidedItem]]:
-    """Equally many trajectories for every rank, with about equally many tokens: longest first, back and forth."""
-    ordered = sorted(items, key=lambda item: (-item.num_tokens, item.trajectory_id))
-    shares: list[list[GuidedItem]] = [[] for _ in range(num_ranks)]
-    for index, item in enumerate(ordered):
-        turn, place = divmod(index, num_ranks)
-        shares[place if turn % 2 == 0 else num_ranks - 1 - place].append(item)
-    return [sorted(share, key=lambda item: item.trajectory_id) for share in shares]
+    """Shares of about equal compute (`engines.packing.cost`), not of equally many trajectories; see `balance`."""
+    ordered = sorted(items, key=lambda item: item.trajectory_id)
+    shares = balance([cost(item.num_positions) for item in ordered], num_ranks)
+    return [[ordered[index] for index in sorted(share)] for share in shares]
 
 
 def merge_reports(reports: Sequence[UpdateReport]) -> UpdateReport:

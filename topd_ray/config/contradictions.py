@@ -37,18 +37,20 @@ def contradictions(config: "TopdConfig") -> Iterator[Contradiction]:
 
 
 def _of_batch(config: "TopdConfig") -> Iterator[Contradiction]:
-    per_update = config.learner.num_ranks * config.learner.micro_batch_size
-    if config.batch_size % per_update:
+    if config.batch_size < config.learner.num_ranks:
         yield Contradiction(
-            keys=(
-                "rollout.prompts_per_step",
-                "rollout.samples_per_prompt",
-                "learner.num_ranks",
-                "learner.micro_batch_size",
-            ),
+            keys=("rollout.prompts_per_step", "rollout.samples_per_prompt", "learner.num_ranks"),
             text=f"found a batch of {config.rollout.prompts_per_step} x {config.rollout.samples_per_prompt} = "
-            f"{config.batch_size} trajectories for {config.learner.num_ranks} ranks x micro-batches of "
-            f"{config.learner.micro_batch_size}; right would be a batch that {per_update} divides",
+            f"{config.batch_size} trajectories for {config.learner.num_ranks} ranks; right would be at least one each",
+        )
+    budget = config.learner.max_tokens_per_micro_batch
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if budget != "one_trajectory" and budget < longest:
+        yield Contradiction(
+            keys=("learner.max_tokens_per_micro_batch", "data.max_prompt_tokens", "rollout.max_new_tokens"),
+            text=f"found {budget} tokens of one forward pass for trajectories of up to "
+            f"{config.data.max_prompt_tokens} + {config.rollout.max_new_tokens}; right would be at least {longest}, "
+            "or one_trajectory",
         )
 
 

@@ -234,12 +234,19 @@ class LearnerConfig(Section):
     """Keep the optimiser's state in CPU memory (GPU only)."""
     num_ranks: PositiveInt = 1
     """Data-parallel learner ranks, each a Ray actor."""
-    micro_batch_size: PositiveInt = 4
-    """Trajectories of one forward pass on one rank; the batch is split evenly into these."""
+    max_tokens_per_micro_batch: PositiveInt | Literal["one_trajectory"] = 16_384
+    """Tokens of one forward pass on one rank, prompts included: whole trajectories lie end to end in one row, without
+    padding. It bounds the memory of activations, so the longest trajectory has to fit. `one_trajectory` gives each a
+    pass of its own, for students whose layers cannot keep trajectories apart (recurrent or chunked attention)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logits_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at once while the loss is computed."""
+
+    @property
+    def micro_batch_budget(self) -> int:
+        """Tokens of one forward pass; 1 has room for no second trajectory."""
+        return 1 if self.max_tokens_per_micro_batch == "one_trajectory" else self.max_tokens_per_micro_batch
 
 
 class BufferConfig(Section):

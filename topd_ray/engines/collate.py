@@ -1,7 +1,7 @@
 """From trajectories to the tensors of one micro-batch.
 
-Axes: B trajectories of the micro-batch, L positions of the longest of them, N response tokens of all of them one after
-the other, K top teacher tokens.
+Axes: P positions of all trajectories of the micro-batch one after the other, N response tokens likewise, K top teacher
+tokens.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from topd_ray.engines.attention import Segments
 from topd_ray.errors import DataError
 from topd_ray.objective.loss import LossBatch
 from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
-PAD_ID = 0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenBatch:
-    """What a forward pass over some trajectories needs.
+    """What a forward pass over some trajectories needs: one row without padding.
 
-    Rows are padded on the right, and attention is causal: no real position sees the padding, so no mask is needed. The
-    last response token predicts nothing that is trained, so it is left out of the input.
+    The last response token predicts nothing that is trained, so it is left out of the input.
     """
 
     trajectory_ids: tuple[str, ...]
     num_response_tokens: tuple[int, ...]
-    num_input_tokens: int
-    """without the padding"""
-    input_ids_BL: torch.Tensor
+    segments: Segments
+    input_ids_P: torch.Tensor
     predictor_N: torch.Tensor
-    """Index into the flattened [B * L] positions: where response token n is predicted from"""
+    """Index into the P positions: where response token n is predicted from"""
     sampled_ids_N: torch.Tensor
 
 
@@ -46,38 +43,31 @@ class MicroBatch:
     """1, or 0 for a stand-in that only keeps the ranks in step"""
 
 
-def split(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices of at most `size` sequences each, longest first, so that little is padded and memory peaks at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def num_positions(trajectory: Trajectory) -> int:
-    """Tokens of prompt and response."""
-    return len(trajectory.prompt_ids) + trajectory.num_response_tokens
+    """Input tokens: prompt and response without the last token.
+
+    Raises DataError for an empty prompt, whose first response token would be predicted from nothing, and an empty
+    response.
+    """
+    for part, ids in (("prompt", trajectory.prompt_ids), ("response", trajectory.response_ids)):
+        if len(ids) == 0:
+            raise DataError(f"trajectory {trajectory.trajectory_id} has an empty {part}: give it at least one token")
+    return len(trajectory.prompt_ids) + len(trajectory.response_ids) - 1
 
 
 def collate_tokens(trajectories: Sequence[Trajectory], device: torch.device) -> TokenBatch:
-    """Pad prompts and responses on the right.
-
-    Raises DataError for an empty prompt: its first response token would be predicted from nothing.
-    """
-    for trajectory in trajectories:
-        if len(trajectory.prompt_ids) == 0:
-            raise DataError(f"trajectory {trajectory.trajectory_id} has an empty prompt: give it at least one token")
-    length = max(num_positions(trajectory) for trajectory in trajectories) - 1
-    input_ids_BL = np.full((len(trajectories), length), PAD_ID, np.int64)
-    predictors: list[NDArray[np.int64]] = []
-    for row, trajectory in enumerate(trajectories):
-        ids = np.concatenate([trajectory.prompt_ids, trajectory.response_ids])[:-1]
-        input_ids_BL[row, : len(ids)] = ids
-        first = row * length + len(trajectory.prompt_ids) - 1
-        predictors.append(np.arange(first, first + trajectory.num_response_tokens, dtype=np.int64))
+    """Lay prompts and responses one after the other. Raises DataError where a prompt or a response is empty."""
+    lengths = tuple(num_positions(trajectory) for trajectory in trajectories)
+    ends = np.cumsum(lengths)
+    predictors = [
+        np.arange(end - trajectory.num_response_tokens, end) for end, trajectory in zip(ends, trajectories, strict=True)
+    ]
+    ids = [part for one in trajectories for part in (one.prompt_ids, one.response_ids[:-1])]
     return TokenBatch(
         trajectory_ids=tuple(trajectory.trajectory_id for trajectory in trajectories),
         num_response_tokens=tuple(trajectory.num_response_tokens for trajectory in trajectories),
-        num_input_tokens=sum(num_positions(trajectory) - 1 for trajectory in trajectories),
-        input_ids_BL=_tensor(input_ids_BL, device),
+        segments=Segments.of(lengths, device),
+        input_ids_P=_joined(ids, np.int64, device),
         predictor_N=_joined(predictors, np.int64, device),
         sampled_ids_N=_joined([trajectory.response_ids for trajectory in trajectories], np.int64, device),
     )

@@ -24,13 +24,13 @@ from topd_ray.engines.collate import (
     collate,
     collate_tokens,
     num_positions,
-    split,
     stand_in,
 )
 from topd_ray.engines.export import copy_tokenizer, write_student
 from topd_ray.engines.learner_group import meet, own_device
 from topd_ray.engines.learner_metrics import Tally
 from topd_ray.engines.optimisation import adamw, deepspeed_config, learning_rate, parameter_groups
+from topd_ray.engines.packing import pack
 from topd_ray.engines.student_model import (
     BatchTotals,
     StudentWithLoss,
@@ -72,7 +72,7 @@ class LearnerEngine:
 
         `total_updates` is what the learning-rate schedule ends at. `deterministic` makes PyTorch refuse every operation
         without a reproducible implementation, in the whole process. Raises ConfigError if the student cannot be loaded
-        or has an unsupported head, LearnerError if the ranks cannot meet.
+        or has an unsupported head or attention, LearnerError if the ranks cannot meet.
         """
         self._deepspeed = _import_deepspeed()
         torch.set_num_threads(threads)
@@ -80,6 +80,7 @@ class LearnerEngine:
         self._deterministic = deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
             torch.use_deterministic_algorithms(True)
         self._device = own_device()
         meet(self._device, rank, world_size, init_method)
@@ -277,7 +278,7 @@ class LearnerEngine:
 
     def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Indices of each micro-batch; ranks with fewer get empty ones, since every pass is collective."""
-        parts = split([num_positions(one) for one in trajectories], self._learner.micro_batch_size)
+        parts = pack([num_positions(one) for one in trajectories], self._learner.micro_batch_budget)
         most = torch.tensor(len(parts), device=self._device)
         if self._world_size > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)

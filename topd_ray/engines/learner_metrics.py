@@ -1,7 +1,5 @@
 """What an update reports, and under which keys."""
 
-from collections import defaultdict
-
 import torch
 
 from topd_ray.engines.collate import MicroBatch
@@ -22,7 +20,8 @@ METRIC_KEYS = {
 }
 """Key of each of the loss's figures (`LossMetrics` says what they are). `learn` adds `loss/total` (L_OPD + lambda
 L_traj), `learner/grad_norm` (before clipping), `learner/learning_rate`, `learner/tokens` (response tokens of the
-update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions computed for nothing)."""
+update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions computed for nothing: rows
+are not padded, but a rank out of work gets stand-ins)."""
 
 
 class Tally:
@@ -41,25 +40,29 @@ class Tally:
         tokens = micro_batch.tokens
         self.losses.append(loss * micro_batch.weight)
         self.trajectory_ids.append(tokens.trajectory_ids)
-        self._num_computed += tokens.input_ids_BL.numel()
+        self._num_computed += len(tokens.input_ids_P)
         if micro_batch.weight > 0.0:
             self._figures.append(figures)
             self._num_tokens += len(tokens.sampled_ids_N)
-            self._num_positions += tokens.num_input_tokens
+            self._num_positions += len(tokens.input_ids_P)
 
     def metrics(self) -> list[Metric]:
         """Ranks add up: a total of the whole batch has count 1 over all of them. Means of nothing are left out."""
         whole = 1.0 / self._world_size
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for figures in self._figures:
-            for metric in figures.to_metrics():
-                pair = sums[METRIC_KEYS[metric.key]]
-                pair[0] += metric.sum
-                pair[1] += metric.count
+        sums = self._summed_figures()
         return [
             Metric(key="loss/total", sum=float(torch.stack(self.losses).double().sum()), count=whole),
-            *(Metric(key=key, sum=total, count=count) for key, (total, count) in sums.items() if count > 0.0),
+            *(Metric(key=METRIC_KEYS[key], sum=total, count=count) for key, (total, count) in sums if count > 0.0),
             Metric(key="learner/tokens", sum=self._num_tokens, count=whole),
             Metric(key="learner/micro_batches", sum=len(self.losses)),
             Metric(key="learner/padding", sum=self._num_computed - self._num_positions, count=self._num_computed),
         ]
+
+    def _summed_figures(self) -> list[tuple[str, list[float]]]:
+        """(sum, count) of each figure over the micro-batches; one transfer from the device."""
+        if not self._figures:
+            return []
+        pairs = torch.stack(
+            [torch.stack([torch.stack(pair) for pair in one.figures.values()]).double() for one in self._figures]
+        )
+        return list(zip(self._figures[0].figures, pairs.sum(0).tolist(), strict=True))

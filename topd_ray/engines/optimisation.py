@@ -47,13 +47,14 @@ def adamw(groups: list[dict[str, Any]], learner: LearnerConfig) -> torch.optim.A
 def deepspeed_config(learner: LearnerConfig, num_parameters: int) -> dict[str, Any]:
     """The dictionary `deepspeed.initialize` takes.
 
-    Accumulation steps stay out of it: `LearnerEngine.learn` says itself which backward pass is the last one. The 2 only
-    makes the offloading optimiser keep its accumulation buffers.
+    Batch size and accumulation steps stay out of it: a micro-batch is a row of trajectories, and `LearnerEngine.learn`
+    says itself which backward pass is the last one. The 2 only makes the offloading optimiser keep its accumulation
+    buffers.
     """
     bucket = min(LARGEST_BUCKET, max(num_parameters, 1024))
     zero: dict[str, Any] = {"stage": learner.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": learner.micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2 if learner.offload_optimizer else 1,
         "gradient_clipping": learner.gradient_clipping,
         "zero_optimization": zero,

@@ -1,9 +1,9 @@
 """The student with its loss inside its forward pass.
 
-Axes: B trajectories, L positions, N response tokens, D width of the model, V vocabulary.
+Axes: P positions of the trajectories of a micro-batch one after the other, N response tokens likewise, D width of the
+model, V vocabulary.
 """
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from topd_ray.config.schema import LearnerConfig, StudentConfig
+from topd_ray.engines.attention import EAGER, choose_attention, row_arguments
 from topd_ray.engines.collate import MicroBatch, TokenBatch
 from topd_ray.errors import ConfigError
 from topd_ray.objective.loss import LossMetrics, LossSpec, student_logprobs, topd_loss
@@ -105,35 +106,41 @@ class StudentWithLoss(nn.Module):
     ) -> tuple[torch.Tensor, LossMetrics | None]:
         """(loss, metrics) of a MicroBatch, ([N] log-probabilities in nats, None) of a TokenBatch."""
         tokens = batch if isinstance(batch, TokenBatch) else batch.tokens
-        hidden_BLD = self.model.base_model(input_ids=tokens.input_ids_BL, use_cache=False).last_hidden_state
-        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, tokens.predictor_N)
+        hidden_ND = self.hidden_states(tokens).index_select(0, tokens.predictor_N)
         value, metrics = self.head(hidden_ND, batch, totals)
         return value, metrics
 
+    def hidden_states(self, tokens: TokenBatch) -> torch.Tensor:
+        """Of the last layer, at all positions: [P, D]."""
+        arguments = row_arguments(self.model, tokens.segments)
+        hidden_1PD = self.model.base_model(input_ids=tokens.input_ids_P[None], use_cache=False, **arguments)[0]
+        return hidden_1PD.squeeze(0)
+
 
 def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.device) -> Any:
-    """The student as a Hugging Face model in the learner's dtype, ready to train.
+    """The student as a Hugging Face model in the learner's dtype, ready to train on packed rows.
 
-    Raises ConfigError if it cannot be read, or if its logits are not a linear layer of its last hidden state.
+    Raises ConfigError if it cannot be read, if its logits are not a linear layer of its last hidden state, or if the
+    trajectories of a row would affect each other.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    on_gpu = device.type == "cuda"
-    flash = on_gpu and learner.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             student.model,
             revision=student.revision,
             dtype=getattr(torch, learner.dtype),
-            attn_implementation="flash_attention_2" if flash else "sdpa",
+            attn_implementation=EAGER,
             trust_remote_code=student.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"student.model={student.model!r} cannot be loaded: {error}") from error
     model = model.to(device)
+    model.eval()
     check_head(model)
+    choose_attention(model, packs=learner.max_tokens_per_micro_batch != "one_trajectory")
     if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -151,7 +158,6 @@ def check_head(model: Any) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(f"the student's output layer is {type(head).__name__}, and should be a torch.nn.Linear")
-    model.eval()
     ids = torch.arange(min(PROBE_TOKENS, head.out_features), device=head.weight.device)[None]
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
