@@ -5,8 +5,8 @@ teacher token takes S/g. Every search sends at least one unit, so the end comes 
 equal tokens cost time only. Flows are whole numbers (kept as float64, so that all arrays of a loop are equally wide),
 hence marginals are exact; costs that are multiples of 2**-24, as `ground_cost` gives them, are added exactly, too.
 
-Why not a library: measured against loops over POT's `emd2`, over its bare wrapper, and over SciPy's assignment solver
-(S == T only) by `python -m bench.transport`, this is the fastest, and it lets other threads run meanwhile (`nogil`).
+Why not a library: `python -m bench.transport` measures this against loops over POT's `emd2` and over SciPy's assignment
+solver (S == T only). It is faster than both, on small windows above all, and other threads run meanwhile.
 
 One side of the problem is called rows and the other columns: [row, column] may be [student, teacher] or the reverse.
 """

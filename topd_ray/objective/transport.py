@@ -28,8 +28,9 @@ LARGEST_COST = 1e100
 COST_GRID = 2.0**24
 # Sinkhorn's iterations between two looks at the marginals: each look makes a GPU wait for the host.
 CHECK_EVERY = 16
-# Distinct pairs of tokens are worth computing up to this many times the pairs asked for, since no row is copied.
-DISTINCT_PAIRS = 4
+# Up to this many times the pairs asked for, all distinct pairs of tokens in one product are measured to be the faster:
+# the windows' own rows would have to be copied first.
+DISTINCT_PAIRS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
