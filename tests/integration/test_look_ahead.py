@@ -120,16 +120,18 @@ def test_only_windows_further_apart_than_the_threshold_guide(teacher):
         for row, teacher_ids in enumerate(teacher_windows(guided)):
             start = guided.windows.positions[row]
             student_ids = response_ids[start : start + WINDOW]
-            result = exact_transport(ground_cost(student_ids, teacher_ids, embedding))
-            assert guided.windows.distances[row] == pytest.approx(result.distance, abs=1e-6)
+            cost = ground_cost(student_ids[None], [teacher_ids], embedding)
+            result = exact_transport(cost)
+            plan = result.plan_MST[0]
+            assert guided.windows.distances[row] == pytest.approx(result.distance_M.item(), abs=1e-6)
             assert guided.windows.divergent[row] == (guided.windows.distances[row] > threshold)
             for i in range(len(student_ids) if guided.windows.divergent[row] else 0):
                 for j, token in enumerate(teacher_ids):
                     weights = expected[start + i]
-                    weights[token] = weights.get(token, 0.0) + result.plan_ST[i, j] * len(student_ids)
-        for position, weights in enumerate(expected):
+                    weights[token] = weights.get(token, 0.0) + float(plan[i, j]) * len(student_ids)
+        for found, weights in zip(unfold(guided.targets), expected, strict=True):
             nonzero = {token: weight for token, weight in weights.items() if weight > 1e-8}
-            assert unfold(guided.targets, position) == pytest.approx(nonzero, abs=1e-5)
+            assert found == pytest.approx(nonzero, abs=1e-5)
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])

@@ -53,14 +53,15 @@ def test_infinite_loss_ranks_first() -> None:
 @pytest.mark.parametrize(
     ("losses", "fraction", "min_distance", "message"),
     [
-        ([], 0.1, 1, "at least one token"),
+        ([], 0.1, 1, "losses_T: shape .0,., want a vector of at least one token"),
         ([1.0, float("nan")], 0.1, 1, "position 1 is NaN"),
         ([1.0], 0.0, 1, "fraction"),
         ([1.0], 1.5, 1, "fraction"),
         ([1.0], 0.5, 0, "min_distance"),
+        ([[1.0]], 0.5, 1, "losses_T: shape .1, 1., want a vector"),
     ],
 )
-def test_refuses(losses: list[float], fraction: float, min_distance: int, message: str) -> None:
+def test_refuses(losses: list, fraction: float, min_distance: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         select_candidates(np.array(losses, np.float32), fraction, min_distance)
 
@@ -73,3 +74,7 @@ def test_token_loss() -> None:
     assert token_loss(teacher, student, "sampled_kl").dtype == np.float32
     with pytest.raises(DataError, match="one each"):
         token_loss(teacher, student[:1], "sampled_kl")
+    with pytest.raises(DataError, match=r"sampled_teacher_logprobs: shape .1, 2., want a vector"):
+        token_loss(teacher[None], student, "teacher_nll")
+    with pytest.raises(DataError, match="ranking: found 'loss', want one of teacher_nll, sampled_kl"):
+        token_loss(teacher, student, "loss")  # type: ignore[arg-type]

@@ -3,19 +3,23 @@
 Axes: T response tokens of one trajectory, M windows (candidates), V vocabulary, D embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from topd_ray.config.schema import NearFutureConfig, ObjectiveConfig
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.objective.candidates import select_candidates, token_loss
-from topd_ray.objective.targets import Window, cap_mask, classify, fold_windows
-from topd_ray.objective.transport import ground_cost, solve_windows, unit_embeddings
-from topd_ray.types import Float32, GuidedTrajectory, Int32, SparseTargets, TeacherScores, Trajectory, Windows
+from topd_ray.objective.targets import cap_mask, classify, fold_windows, split_targets
+from topd_ray.objective.transport import ground_cost, pad_windows, solve_windows, unit_embeddings
+from topd_ray.types import Float32, GuidedTrajectory, Int32, TeacherScores, Trajectory, Windows
+
+# Entries of all windows' costs, in float64 16 MB: 838 windows of 50 x 50.
+LARGEST_GROUP = 2**21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,6 +53,8 @@ class LookAhead:
         self._embedding_VD_unit = unit_embeddings(torch.from_numpy(embedding_VD))
         self._engine = engine
         self._seed = seed
+        if objective.looks_ahead:  # a compiled solver is loaded now, and not under the first trajectories
+            solve_windows(np.zeros((1, 1, 1)), method=config.transport, epsilon=config.entropic_epsilon)
 
     def ask(self, trajectories: Sequence[Trajectory]) -> list[Asked]:
         """Score all trajectories, then continue all their candidate prefixes in one go."""
@@ -67,7 +73,7 @@ class LookAhead:
 
     def fold(self, pending: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         """Compare the futures; fold those further apart than `threshold` into targets."""
-        return [self._fold_one(asked, threshold) for asked in pending]
+        return [guided for group in self._groups(pending) for guided in self._fold_group(group, threshold)]
 
     def _candidates(self, trajectory: Trajectory, scores: TeacherScores) -> Int32:
         if not self._objective.looks_ahead:
@@ -89,49 +95,77 @@ class LookAhead:
             prefixes, self._config.window, decoding=self._config.teacher_decoding, seeds=seeds
         )
 
-    def _fold_one(self, asked: Asked, threshold: float) -> GuidedTrajectory:
-        num_tokens = asked.trajectory.num_response_tokens
-        windows = self._windows(asked)
-        distances_M = np.array([window.distance for window in windows], np.float32)
-        divergent_M = classify(distances_M, threshold)
-        guiding = [window for window, diverges in zip(windows, divergent_M, strict=True) if diverges]
-        guides = self._objective.method == "topd"
-        return GuidedTrajectory(
-            trajectory=asked.trajectory,
-            scores=asked.scores,
-            targets=fold_windows(guiding, num_tokens) if guides else SparseTargets.empty(num_tokens),
-            capped=cap_mask(
-                asked.positions,
-                distances_M,
-                threshold,
-                self._objective.cap,
-                num_tokens,
-                np.random.default_rng(stable_seed(self._seed, "cap", asked.trajectory.trajectory_id)),
-            ),
-            windows=_diagnostics(asked, distances_M, divergent_M),
-        )
+    def _groups(self, pending: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Trajectories whose windows are solved together, so many that an array of theirs stays small."""
+        group: list[Asked] = []
+        num_entries = 0
+        for asked in pending:
+            size = len(asked.positions) * self._config.window**2
+            if group and num_entries + size > LARGEST_GROUP:
+                yield group
+                group, num_entries = [], 0
+            group.append(asked)
+            num_entries += size
+        if group:
+            yield group
 
-    def _windows(self, asked: Asked) -> list[Window]:
-        """The transport problem of every candidate; the student's window is the rollout's own next tokens."""
-        response_T = asked.trajectory.response_ids
-        student = [response_T[position : position + self._config.window] for position in asked.positions]
-        costs = [
-            ground_cost(student_ids, teacher_ids, self._embedding_VD_unit)
-            for student_ids, teacher_ids in zip(student, asked.continuations, strict=True)
-        ]
-        solved = solve_windows(costs, self._config.transport, self._config.entropic_epsilon)
+    def _fold_group(self, group: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
+        num_tokens = [asked.trajectory.num_response_tokens for asked in group]
+        offsets = np.cumsum([0, *num_tokens])
+        # All padded to the same width, so that a window's arithmetic does not depend on its company.
+        width = self._config.window
+        student_ids, student_lengths = pad_windows(
+            [
+                asked.trajectory.response_ids[position : position + width]
+                for asked in group
+                for position in asked.positions.tolist()
+            ],
+            width,
+        )
+        teacher_ids, teacher_lengths = pad_windows([ids for asked in group for ids in asked.continuations], width)
+        solved = solve_windows(
+            ground_cost(student_ids, teacher_ids, self._embedding_VD_unit, student_lengths, teacher_lengths),
+            student_lengths,
+            teacher_lengths,
+            method=self._config.transport,
+            epsilon=self._config.entropic_epsilon,
+        )
+        distances = solved.distance_M.numpy().astype(np.float32)
+        divergent = classify(distances, threshold)
+        # A trajectory's windows start at its own offset in the responses laid end to end.
+        starts = np.concatenate([asked.positions + offset for asked, offset in zip(group, offsets[:-1], strict=True)])
+        guides = divergent if self._objective.method == "topd" else np.zeros_like(divergent)
+        targets = fold_windows(
+            solved.plan_MST.numpy()[guides],
+            teacher_ids[guides],
+            starts[guides],
+            int(offsets[-1]),
+            student_lengths[guides],
+            teacher_lengths[guides],
+        )
+        ends = np.cumsum([len(asked.positions) for asked in group])[:-1]
+        parts = zip(
+            group,
+            split_targets(targets, num_tokens),
+            np.split(distances, ends),
+            np.split(divergent, ends),
+            strict=True,
+        )
         return [
-            Window(
-                position=int(position),
-                student_ids=student_ids,
-                teacher_ids=teacher_ids,
-                plan_ST=result.plan_ST,
-                distance=result.distance,
+            GuidedTrajectory(
+                trajectory=asked.trajectory,
+                scores=asked.scores,
+                targets=own_targets,
+                capped=self._capped(asked, distances_M, threshold),
+                windows=_diagnostics(asked, distances_M, divergent_M),
             )
-            for position, student_ids, teacher_ids, result in zip(
-                asked.positions, student, asked.continuations, solved, strict=True
-            )
+            for asked, own_targets, distances_M, divergent_M in parts
         ]
+
+    def _capped(self, asked: Asked, distances_M: Float32, threshold: float) -> NDArray[np.bool_]:
+        rng = np.random.default_rng(stable_seed(self._seed, "cap", asked.trajectory.trajectory_id))
+        num_tokens = asked.trajectory.num_response_tokens
+        return cap_mask(asked.positions, distances_M, threshold, self._objective.cap, num_tokens, rng)
 
 
 def _diagnostics(asked: Asked, distances_M: Float32, divergent_M: np.ndarray) -> Windows:

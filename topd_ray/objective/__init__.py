@@ -1,4 +1,4 @@
-"""The mathematics of Trajectory-aware on-policy distillation, in plain numpy, scipy and torch.
+"""The mathematics of Trajectory-aware on-policy distillation, in plain numpy, numba and torch.
 
 Read in the order of the data's way: candidates, transport, targets, divergence, loss.
 """
@@ -8,19 +8,18 @@ from topd_ray.objective.divergence import Support, divergence, sampled_policy_gr
 from topd_ray.objective.loss import LossBatch, LossMetrics, LossSpec, student_logprobs, topd_loss
 from topd_ray.objective.targets import (
     RunningQuantile,
-    Window,
-    WindowTargets,
     cap_mask,
     classify,
     fold_windows,
+    split_targets,
     unfold,
-    window_targets,
 )
 from topd_ray.objective.transport import (
     TransportResult,
     entropic_transport,
     exact_transport,
     ground_cost,
+    pad_windows,
     solve_windows,
     unit_embeddings,
 )
@@ -32,8 +31,6 @@ __all__ = [
     "RunningQuantile",
     "Support",
     "TransportResult",
-    "Window",
-    "WindowTargets",
     "cap_mask",
     "classify",
     "divergence",
@@ -41,13 +38,14 @@ __all__ = [
     "exact_transport",
     "fold_windows",
     "ground_cost",
+    "pad_windows",
     "sampled_policy_gradient",
     "select_candidates",
     "solve_windows",
+    "split_targets",
     "student_logprobs",
     "token_loss",
     "topd_loss",
     "unfold",
     "unit_embeddings",
-    "window_targets",
 ]

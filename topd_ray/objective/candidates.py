@@ -3,7 +3,7 @@
 Axes: T response tokens of one trajectory, M candidates.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,14 +18,19 @@ def token_loss(sampled_teacher_logprobs: Float32, behaviour_logprobs: Float32, r
 
     `teacher_nll`: -log p_T(x_t). `sampled_kl`: log p_S(x_t) - log p_T(x_t), the one-sample estimate of the reverse KL.
     Both arguments are [T] (nats); `behaviour_logprobs` is not read by `teacher_nll`.
-    Raises DataError if their lengths differ. Source: the token losses of the paper's section 3.
+    Raises DataError if they are not vectors of one length, or the ranking is neither. Source: the token losses of the
+    paper's section 3.
     """
+    if ranking not in get_args(Ranking):
+        raise DataError(f"ranking: found {ranking!r}, want one of {', '.join(get_args(Ranking))}")
     teacher_T = np.asarray(sampled_teacher_logprobs, np.float32)
+    if teacher_T.ndim != 1:
+        raise DataError(f"sampled_teacher_logprobs: shape {teacher_T.shape}, want a vector, one a token")
     if ranking == "teacher_nll":
         return -teacher_T
     student_T = np.asarray(behaviour_logprobs, np.float32)
     if student_T.shape != teacher_T.shape:
-        raise DataError(f"{student_T.shape} behaviour log-probs for {teacher_T.shape} teacher log-probs: want one each")
+        raise DataError(f"behaviour_logprobs: shape {student_T.shape}, want one each of {teacher_T.shape}")
     return student_T - teacher_T
 
 
@@ -39,9 +44,9 @@ def select_candidates(losses_T: Float32, fraction: float, min_distance: int = 1)
     """
     losses_T = np.asarray(losses_T)
     if losses_T.ndim != 1 or losses_T.size == 0:
-        raise DataError(f"candidates need the losses of at least one token as a vector, got shape {losses_T.shape}")
+        raise DataError(f"losses_T: shape {losses_T.shape}, want a vector of at least one token's loss")
     if np.isnan(losses_T).any():
-        raise DataError(f"the token loss at position {int(np.isnan(losses_T).argmax())} is NaN")
+        raise DataError(f"losses_T: the loss at position {int(np.isnan(losses_T).argmax())} is NaN, want a number")
     if not 0.0 < fraction <= 1.0 or min_distance < 1:
         raise DataError(f"fraction={fraction} must lie in (0, 1] and min_distance={min_distance} be at least 1")
     num_wanted = max(1, int(np.floor(fraction * losses_T.size + 0.5)))

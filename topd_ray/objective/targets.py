@@ -1,113 +1,151 @@
 """From transport plans to what the student learns: soft targets per position, forks, caps (paper, section 4).
 
-Axes: S student and T teacher tokens of one window, U distinct teacher tokens of it, M windows (candidates), P response
-positions. The student window is the rollout's own tokens ("reuse"): the window at t covers positions t .. t + S - 1.
+Axes: M windows (candidates), S student and T teacher tokens of a window, padded to the longest (see transport.py), P
+response positions. The student window is the rollout's own tokens ("reuse"): the window at t covers positions
+t .. t + S_m - 1.
 """
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from topd_ray.errors import DataError
-from topd_ray.types import Int32, Int64, SparseTargets
+from topd_ray.objective.transport import Values, as_numpy, checked_lengths
+from topd_ray.types import Int64, SparseTargets
 
 Float64 = NDArray[np.float64]
 CapMode = Literal["none", "low_ot", "matched_high_ot"]
 
 # An entropic plan is dense; entries below this share of a position's target are noise that would only cost memory.
 SMALLEST_WEIGHT = 1e-8
+# How far a row of a plan, times S, may be from 1.
+MARGINAL_TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Window:
-    """One look into the near future, and how it maps onto the student's own."""
+def fold_windows(
+    plan_MST: Values,
+    teacher_ids_MT: Values,
+    positions_M: Values,
+    num_tokens: int,
+    student_lengths_M: Values | None = None,
+    teacher_lengths_M: Values | None = None,
+) -> SparseTargets:
+    """Transport plans of M windows as one sparse target per response position, for one trajectory or several in a row.
 
-    position: int
-    """response position t of the candidate, where both windows start"""
-    student_ids: Int32
-    """[S]"""
-    teacher_ids: Int32
-    """[T]"""
-    plan_ST: Float64
-    """[S, T], rows sum to 1/S"""
-    distance: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WindowTargets:
-    """The soft targets of one window: row i is the distribution y~ of student position i over `token_ids`."""
-
-    token_ids: Int32
-    """[U], distinct, ascending"""
-    weights_SU: Float64
-    """[S, U], rows sum to 1"""
-    entropy_S: Float64
-    """[S], H(y~_i) (nats)"""
-
-
-def window_targets(plan_ST: ArrayLike, teacher_ids: ArrayLike) -> WindowTargets:
-    """y~_i(v) = (1 / a_i) * sum of plan[i, j] over the j with teacher token v, a_i = 1/S.
-
-    Dividing by a_i makes every y~_i a distribution. Raises DataError if the plan is not [S, len(teacher_ids)] or a row
-    does not sum to 1/S. Source: the soft target of the paper's section 4.
-    """
-    plan_ST, ids_T = np.asarray(plan_ST, np.float64), np.asarray(teacher_ids)
-    if plan_ST.ndim != 2 or plan_ST.size == 0 or plan_ST.shape[1:] != ids_T.shape:
-        raise DataError(f"a plan of shape {plan_ST.shape} for {ids_T.shape} teacher tokens: want [student, teacher]")
-    num_student = plan_ST.shape[0]
-    rows_S = plan_ST.sum(1) * num_student
-    if not np.allclose(rows_S, 1.0, rtol=0.0, atol=1e-6):
-        raise DataError(f"plan rows times S sum to {rows_S.min():.6g}..{rows_S.max():.6g}, want 1: not a feasible plan")
-    token_ids = np.unique(ids_T)
-    weights_SU = plan_ST * num_student @ (ids_T[:, None] == token_ids)
-    weights_SU[weights_SU < SMALLEST_WEIGHT] = 0.0
-    weights_SU /= weights_SU.sum(1, keepdims=True)
-    log_SU = np.log(weights_SU, out=np.zeros_like(weights_SU), where=weights_SU > 0.0)
-    entropy_S = np.maximum(-(weights_SU * log_SU).sum(1), 0.0)
-    return WindowTargets(token_ids=token_ids.astype(np.int32), weights_SU=weights_SU, entropy_S=entropy_S)
-
-
-def fold_windows(windows: Iterable[Window], num_tokens: int) -> SparseTargets:
-    """All windows of one trajectory as one sparse target per response position.
-
-    w_p(v) = sum over the windows covering p of y~_p(v), and entropy_p = sum of their H(y~_p), so that
+    Window m starts at position t_m and its student position i learns the distribution
+    y~_mi(v) = (1 / a_i) * sum of plan[m, i, j] over the j with teacher token v, a_i = 1/S_m. Folded,
+    w_p(v) = sum over the windows covering p of y~_p(v), and entropy_p = sum of their H(y~_p) (nats), so that
     sum over windows of KL(y~ || p_S) = sum_p [ sum_v w_p(v) * (-log p_S(v)) - entropy_p ].
-    The order of the windows does not matter. Pass only the windows that shall guide (the divergent ones).
-    Raises DataError if a window reaches past the response or its plan does not fit its tokens.
+    Shares below 1e-8 of a y~ are dropped. The order of the windows does not matter. Pass only the windows that shall
+    guide (the divergent ones); none gives targets that guide nothing.
+
+    Raises DataError if shapes or lengths do not fit, a window reaches outside of the response, a plan has a negative
+    entry or a row that does not sum to 1/S_m, or an id is negative. Source: the soft target of the paper's section 4.
     """
-    positions, token_ids, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
-    entropy_P = np.zeros(num_tokens)
-    for window in sorted(windows, key=lambda window: window.position):
-        num_student = len(window.student_ids)
-        if window.plan_ST.shape[0] != num_student:
-            raise DataError(f"a plan of shape {window.plan_ST.shape} for {num_student} student tokens: want equal rows")
-        end = window.position + num_student
-        if window.position < 0 or end > num_tokens:
-            raise DataError(f"the window at {window.position} ends at {end}, the response has {num_tokens} tokens")
-        targets = window_targets(window.plan_ST, window.teacher_ids)
-        row, column = np.nonzero(targets.weights_SU)
-        positions.append(row + window.position)
-        token_ids.append(targets.token_ids[column].astype(np.int64))
-        weights.append(targets.weights_SU[row, column])
-        entropy_P[window.position : end] += targets.entropy_S
-    return _merge(np.concatenate(positions), np.concatenate(token_ids), np.concatenate(weights), entropy_P)
+    plan = as_numpy(plan_MST).astype(np.float64, copy=False)
+    ids = as_numpy(teacher_ids_MT)
+    starts = as_numpy(positions_M).astype(np.int64)
+    if plan.ndim != 3 or starts.shape != plan.shape[:1] or ids.shape != (plan.shape[0], plan.shape[2]):
+        raise DataError(
+            f"plan_MST, teacher_ids_MT, positions_M: shapes {plan.shape}, {ids.shape}, {starts.shape}, "
+            "want [windows, student, teacher], [windows, teacher], [windows]"
+        )
+    num_windows, num_student, num_teacher = plan.shape
+    student_lengths = checked_lengths(student_lengths_M, num_windows, num_student, "student_lengths_M")
+    teacher_lengths = checked_lengths(teacher_lengths_M, num_windows, num_teacher, "teacher_lengths_M")
+    _check_windows(plan, ids, starts, num_tokens, student_lengths, teacher_lengths)
+    if not num_windows:
+        return SparseTargets.empty(num_tokens)
+    if (np.diff(starts) < 0).any():  # sums of floats know their order
+        order = np.argsort(starts, kind="stable")
+        plan, ids, starts = plan[order], ids[order], starts[order]
+        student_lengths, teacher_lengths = student_lengths[order], teacher_lengths[order]
+    m, i, j = np.nonzero(plan)
+    within = (i < student_lengths[m]) & (j < teacher_lengths[m])
+    if not within.all():
+        m, i, j = m[within], i[within], j[within]
+    # Equal tokens of a window share its first place for them, so that y~ is whole before its entropy is taken.
+    place_MT = (ids[:, :, None] == ids[:, None, :]).argmax(2)
+    row = m * num_student + i
+    flat = np.bincount(row * num_teacher + place_MT[m, j], plan[m, i, j] * student_lengths[m])
+    kept = np.flatnonzero(flat >= SMALLEST_WEIGHT)
+    row, share = kept // num_teacher, flat[kept]
+    share = share / np.bincount(row, share)[row]
+    m = row // num_student
+    position = starts[m] + row % num_student
+    entropy_P = np.maximum(np.bincount(position, -share * np.log(share), minlength=num_tokens), 0.0)
+    return _merge(position, ids[m, kept % num_teacher].astype(np.int64), share, entropy_P)
 
 
-def unfold(targets: SparseTargets, position: int) -> dict[int, float]:
-    """The target of one position, token id -> weight; empty where nothing guides. Raises DataError outside of it."""
-    if not 0 <= position < len(targets.indptr) - 1:
-        raise DataError(f"position {position} is outside the {len(targets.indptr) - 1} response tokens")
-    row = slice(int(targets.indptr[position]), int(targets.indptr[position + 1]))
-    return dict(zip(targets.token_ids[row].tolist(), targets.weights[row].tolist(), strict=True))
+def split_targets(targets: SparseTargets, num_tokens: Sequence[int]) -> list[SparseTargets]:
+    """The targets of several trajectories in a row, apart again: one for each of their lengths.
+
+    Raises DataError if the lengths do not add up to the positions.
+    """
+    ends = np.cumsum([0, *num_tokens]).tolist()
+    if ends[-1] != targets.indptr.size - 1 or min(num_tokens, default=0) < 0:
+        raise DataError(
+            f"num_tokens: {list(num_tokens)}, want lengths that add up to {targets.indptr.size - 1} positions"
+        )
+    parts = []
+    for start, end in pairwise(ends):
+        low, high = int(targets.indptr[start]), int(targets.indptr[end])
+        parts.append(
+            SparseTargets(
+                indptr=targets.indptr[start : end + 1] - low,
+                token_ids=targets.token_ids[low:high],
+                weights=targets.weights[low:high],
+                entropy=targets.entropy[start:end],
+            )
+        )
+    return parts
 
 
-def classify(distances: ArrayLike, threshold: float) -> NDArray[np.bool_]:
-    """[M], true (a real fork) where distance > threshold, false (a false alarm) at or below it."""
-    return np.asarray(distances, np.float64) > threshold
+@overload
+def unfold(targets: SparseTargets) -> list[dict[int, float]]: ...
+@overload
+def unfold(targets: SparseTargets, decode: Callable[[int], str]) -> list[dict[str, float]]: ...
+def unfold(
+    targets: SparseTargets, decode: Callable[[int], str] | None = None
+) -> list[dict[int, float]] | list[dict[str, float]]:
+    """The targets to read: for each response position what it learns, token -> weight, heaviest first.
+
+    An empty dict where nothing guides. Weights of a position sum to the number of windows that cover it. `decode`
+    makes a token id readable, e.g. `lambda token: tokenizer.decode([token])`; ids that read alike are added up.
+    """
+    rows: list[dict[int, float]] = []
+    for start, end in pairwise(targets.indptr.tolist()):
+        pairs = zip(targets.token_ids[start:end].tolist(), targets.weights[start:end].tolist(), strict=True)
+        rows.append(dict(sorted(pairs, key=lambda pair: -pair[1])))
+    if decode is None:
+        return rows
+    named: list[dict[str, float]] = []
+    for row in rows:
+        read: dict[str, float] = {}
+        for token, weight in row.items():
+            text = decode(token)
+            read[text] = read.get(text, 0.0) + weight
+        named.append(dict(sorted(read.items(), key=lambda pair: -pair[1])))
+    return named
+
+
+def classify(distances_M: Values, threshold: float) -> NDArray[np.bool_]:
+    """[M], true (a real fork) where distance > threshold, false (a false alarm) at or below it.
+
+    Raises DataError if the distances are not a vector, or one of them or the threshold is NaN.
+    """
+    distances = as_numpy(distances_M)
+    if distances.ndim != 1:
+        raise DataError(f"distances_M: shape {distances.shape}, want a vector, one distance a window")
+    distances = distances.astype(np.float64, copy=False)
+    if np.isnan(threshold) or np.isnan(distances).any():
+        raise DataError(f"distances_M: {distances.tolist()} against threshold={threshold}, want no NaN")
+    divergent_M: NDArray[np.bool_] = distances > threshold
+    return divergent_M
 
 
 class RunningQuantile:
@@ -149,8 +187,8 @@ class RunningQuantile:
 
 
 def cap_mask(
-    positions: ArrayLike,
-    distances: ArrayLike,
+    positions_M: Values,
+    distances_M: Values,
     threshold: float,
     mode: CapMode,
     num_tokens: int,
@@ -160,25 +198,61 @@ def cap_mask(
 
     `low_ot`: the candidates at or below the threshold. `matched_high_ot`: as many, drawn at random without replacement
     from those above it (all of them if there are fewer). `none`: nothing. Only `matched_high_ot` draws from `rng`.
-    Raises DataError if positions and distances differ in number. Source: the paper's down-weighting ablation.
+    Raises DataError if positions and distances differ in number, a position is outside of the response, or the mode is
+    none of these. Source: the paper's down-weighting ablation.
     """
-    positions_M = np.asarray(positions, np.int64)
-    divergent_M = classify(distances, threshold)
-    if positions_M.shape != divergent_M.shape:
-        raise DataError(f"{positions_M.shape} positions for {divergent_M.shape} distances: want one each")
+    if mode not in get_args(CapMode):
+        raise DataError(f"mode: found {mode!r}, want one of {', '.join(get_args(CapMode))}")
+    positions = as_numpy(positions_M).astype(np.int64)
+    divergent_M = classify(distances_M, threshold)
+    if positions.shape != divergent_M.shape:
+        raise DataError(f"positions_M: shape {positions.shape} for {divergent_M.shape} distances, want one each")
+    if positions.size and (positions.min() < 0 or positions.max() >= num_tokens):
+        raise DataError(f"positions_M: {positions.min()}..{positions.max()}, want 0 to {num_tokens - 1}")
     capped_P = np.zeros(num_tokens, np.bool_)
     if mode == "low_ot":
-        capped_P[positions_M[~divergent_M]] = True
+        capped_P[positions[~divergent_M]] = True
     elif mode == "matched_high_ot":
-        forks = positions_M[divergent_M]
+        forks = positions[divergent_M]
         num_capped = min(int((~divergent_M).sum()), forks.size)
         capped_P[rng.choice(forks, num_capped, replace=False) if num_capped else forks[:0]] = True
     return capped_P
 
 
+def _check_windows(
+    plan: Float64,
+    ids: NDArray[Any],
+    starts: Int64,
+    num_tokens: int,
+    student_lengths: Int64,
+    teacher_lengths: Int64,
+) -> None:
+    ends = starts + student_lengths
+    for m in np.flatnonzero((starts < 0) | (ends > num_tokens)):
+        raise DataError(
+            f"positions_M: the window at {starts[m]} ends at {ends[m]}, want it in the response's {num_tokens} tokens"
+        )
+    inside_MT = np.arange(ids.shape[1]) < teacher_lengths[:, None]
+    if ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids[inside_MT].min() < 0):
+        raise DataError(f"teacher_ids_MT: {ids.dtype} from {ids[inside_MT].min()}, want token ids from 0")
+    inside_MS = np.arange(plan.shape[1]) < student_lengths[:, None]
+    ragged = not (inside_MS.all() and inside_MT.all())
+    own = np.where(inside_MS[:, :, None] & inside_MT[:, None, :], plan, 0.0) if ragged else plan
+    lowest = own.min(initial=0.0)
+    if not lowest >= 0.0:
+        raise DataError(f"plan_MST: holds {lowest}, want no negative entry")
+    rows_MS = own.sum(2) * student_lengths[:, None]
+    if not (np.abs(rows_MS - 1.0) <= MARGINAL_TOLERANCE)[inside_MS].all():
+        raise DataError(
+            f"plan_MST: rows times their window's S sum to {rows_MS[inside_MS].min():.6g}.."
+            f"{rows_MS[inside_MS].max():.6g}, want 1: not a feasible [student, teacher] plan"
+        )
+
+
 def _merge(positions: Int64, token_ids: Int64, weights: Float64, entropy_P: Float64) -> SparseTargets:
     """Adds up the weights of equal (position, token) pairs into CSR rows, token ids ascending within a row."""
-    order = np.lexsort((token_ids, positions))
+    num_ids = int(token_ids.max(initial=0)) + 1
+    order = np.argsort(positions * num_ids + token_ids, kind="stable")
     positions, token_ids, weights = positions[order], token_ids[order], weights[order]
     is_first = np.ones(positions.size, np.bool_)
     is_first[1:] = (np.diff(positions) != 0) | (np.diff(token_ids) != 0)

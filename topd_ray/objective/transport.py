@@ -1,154 +1,312 @@
-"""How far apart two windows are, and which teacher token each student token corresponds to (paper, section 4).
+"""How far apart windows are, and which teacher token each student token corresponds to (paper, section 4).
 
-Axes: S student tokens and T teacher tokens of one window, V vocabulary, D embedding width. Everything is
-[student, teacher], and S != T is normal. Marginals are uniform: a_i = 1/S, b_j = 1/T. All arithmetic is float64.
+Axes: M windows, S student and T teacher tokens of a window, padded to the longest, V vocabulary, D embedding width.
+Everything is [student, teacher], and S != T is normal. Window m holds `student_lengths_M[m]` and `teacher_lengths_M[m]`
+tokens; None means that all are full. What lies past a length is never read, and is 0 in what comes back. Marginals are
+uniform over a window's own tokens: a_i = 1/S_m, b_j = 1/T_m. All arithmetic is float64 and nothing has a gradient.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
+from torch import Tensor
 
 from topd_ray.errors import DataError
+from topd_ray.types import Int64
 
-Float64 = NDArray[np.float64]
 Method = Literal["exact", "entropic"]
+Values = ArrayLike | Tensor
+
+# Sums of costs must stay finite.
+LARGEST_COST = 1e100
+# Embeddings are float32. Costs on this grid add up without rounding, so ties stay ties whatever the products' order.
+COST_GRID = 2.0**24
+# Sinkhorn's iterations between two looks at the marginals: each look makes a GPU wait for the host.
+CHECK_EVERY = 16
+# Up to this many times the pairs asked for, all distinct pairs of tokens in one product are measured to be the faster:
+# the windows' own rows would have to be copied first.
+DISTINCT_PAIRS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TransportResult:
-    """A coupling of two windows and what it costs."""
+    """Couplings of M pairs of windows and what they cost; float64, on the device of the ground cost."""
 
-    plan_ST: Float64
-    """[S, T], rows sum to 1/S, columns to 1/T"""
-    distance: float
-    """<plan, cost>, in units of the ground cost"""
-
-
-def unit_embeddings(weight_VD: torch.Tensor) -> torch.Tensor:
-    """Rows scaled to length 1, float32 [V, D]; a zero row stays zero. Done once per model."""
-    return torch.nn.functional.normalize(weight_VD.detach().float(), dim=1, eps=1e-30)
+    plan_MST: Tensor
+    """[M, S, T], rows sum to 1/S_m, columns to 1/T_m (to 1e-12)"""
+    distance_M: Tensor
+    """[M], <plan, cost>, in units of the ground cost"""
+    residual_M: Tensor
+    """[M], sum of |column sum - 1/T_m| before the plan was rounded to its marginals; 0 for exact plans"""
 
 
-def ground_cost(student_ids: ArrayLike, teacher_ids: ArrayLike, embedding_VD_unit: torch.Tensor) -> Float64:
-    """cost[i, j] = 1 - cos(e(student_i), e(teacher_j)), [S, T], in [0, 2].
+def unit_embeddings(weight_VD: Tensor) -> Tensor:
+    """Rows scaled to length 1, float32 [V, D]; a zero row stays zero. Done once per model.
 
-    A token costs exactly 0 against itself. A zero embedding costs 1 against every other token.
-    `embedding_VD_unit` comes from `unit_embeddings`. Raises DataError on an empty window or an id without a row.
-    Source: c(x^T, x^S) of the paper's section 4.
+    Raises DataError on a weight that is not a [vocabulary, width] matrix or holds NaN or infinity.
     """
-    num_rows = embedding_VD_unit.shape[0]
-    student_S = _token_ids(student_ids, num_rows, "student")
-    teacher_T = _token_ids(teacher_ids, num_rows, "teacher")
-    student_SD = embedding_VD_unit[torch.from_numpy(student_S)].double()
-    teacher_TD = embedding_VD_unit[torch.from_numpy(teacher_T)].double()
-    cost_ST: Float64 = (1.0 - student_SD @ teacher_TD.T).clamp(0.0, 2.0).cpu().numpy()
-    cost_ST[student_S[:, None] == teacher_T[None, :]] = 0.0
-    return cost_ST
+    if weight_VD.ndim != 2:
+        raise DataError(f"weight_VD: shape {tuple(weight_VD.shape)}, want [vocabulary, width]")
+    unit_VD = torch.nn.functional.normalize(weight_VD.detach().float(), dim=1, eps=1e-30)
+    if not bool(unit_VD.isfinite().all()):
+        raise DataError("weight_VD: holds NaN or infinity, want finite embeddings")
+    return unit_VD
 
 
-def exact_transport(cost_ST: ArrayLike) -> TransportResult:
-    """min over couplings of <plan, cost>, exactly.
+def pad_windows(windows: Sequence[ArrayLike], width: int | None = None) -> tuple[Int64, Int64]:
+    """M windows of token ids as one array: ids [M, width], filled up with 0, and lengths [M].
 
-    With S == T some permutation (divided by S) is optimal, so an assignment solver does; otherwise the network simplex
-    of POT. Raises DataError on a cost that is empty, not finite or not a matrix. Source: D_OT, the paper's section 4.
+    `width` is the longest window unless given. Raises DataError on an empty window, one that is not a vector, or one
+    longer than `width`.
     """
-    cost_ST = _checked_cost(cost_ST)
-    num_student, num_teacher = cost_ST.shape
-    if num_student == num_teacher:
-        plan_ST = np.zeros_like(cost_ST)
-        plan_ST[linear_sum_assignment(cost_ST)] = 1.0 / num_student
+    rows = [np.asarray(window) for window in windows]
+    for m, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0:
+            raise DataError(f"windows[{m}]: shape {row.shape}, want a vector of at least one token id")
+    lengths_M = np.array([row.size for row in rows], np.int64)
+    longest = int(lengths_M.max(initial=0))
+    width = longest if width is None else width
+    if longest > width:
+        raise DataError(f"windows[{int(lengths_M.argmax())}]: {longest} tokens, want at most width={width}")
+    ids_MK = np.zeros((len(rows), width), np.int64)
+    if rows:
+        ids_MK[np.arange(width) < lengths_M[:, None]] = np.concatenate(rows)
+    return ids_MK, lengths_M
+
+
+@torch.no_grad()
+def ground_cost(
+    student_ids_MS: Values,
+    teacher_ids_MT: Values,
+    embedding_VD_unit: Tensor,
+    student_lengths_M: Values | None = None,
+    teacher_lengths_M: Values | None = None,
+) -> Tensor:
+    """cost[m, i, j] = 1 - cos(e(student_mi), e(teacher_mj)), float64 [M, S, T] in [0, 2], on the embedding's device.
+
+    A token costs exactly 0 against itself. A zero embedding costs 1 against every other token. Costs are rounded to
+    multiples of 2**-24. `embedding_VD_unit` comes from `unit_embeddings`. One product serves all windows: of all
+    distinct tokens, or of the windows' rows where they repeat little. Raises DataError on ids or lengths that do not
+    fit. Source: c(x^T, x^S) of the paper's section 4.
+    """
+    num_rows, device = embedding_VD_unit.shape[0], embedding_VD_unit.device
+    student, student_lengths = _windows(student_ids_MS, student_lengths_M, num_rows, "student")
+    teacher, teacher_lengths = _windows(teacher_ids_MT, teacher_lengths_M, num_rows, "teacher")
+    if len(student) != len(teacher):
+        raise DataError(f"teacher_ids: {len(teacher)} windows for {len(student)} student windows, want one each")
+    shape = len(student), student.shape[1], teacher.shape[1]
+    rows_U, row_MS = _distinct(student, num_rows)
+    columns_U, column_MT = _distinct(teacher, num_rows)
+    if rows_U.size * columns_U.size <= DISTINCT_PAIRS * max(1, math.prod(shape)):
+        pairs_UU = _cosine(embedding_VD_unit, rows_U, columns_U)
+        cosine_MST = pairs_UU.flatten()[_on(row_MS[:, :, None] * columns_U.size + column_MT[:, None, :], device)]
     else:
-        plan_ST = _network_simplex(cost_ST)
-    return TransportResult(plan_ST=plan_ST, distance=float((plan_ST * cost_ST).sum()))
+        cosine_MST = torch.stack([_cosine(embedding_VD_unit, *pair) for pair in zip(student, teacher, strict=True)])
+    cost_MST = ((1.0 - cosine_MST).clamp_(0.0, 2.0) * COST_GRID).round_() / COST_GRID
+    same_MST = student[:, :, None] == teacher[:, None, :]
+    outside_MST = ~_inside(student_lengths, teacher_lengths, shape)
+    return cost_MST.masked_fill_(_on(same_MST | outside_MST, device), 0.0)
 
 
-def entropic_transport(
-    cost_ST: ArrayLike, epsilon: float, *, tolerance: float = 1e-6, max_iterations: int = 2000
+def exact_transport(
+    cost_MST: Values, student_lengths_M: Values | None = None, teacher_lengths_M: Values | None = None
 ) -> TransportResult:
-    """Sinkhorn's plan argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals.
+    """min over couplings of <plan, cost>, exactly, for each window: D_OT of the paper's section 4.
 
-    Log-domain iterations run until the marginals are off by at most `tolerance` in sum (or `max_iterations`); the
-    rounding of Altschuler, Weed and Rigollet (2017, algorithm 2) then makes the plan feasible to 1e-12, so that an
-    early stop costs optimality and never mass. `epsilon` is in units of the ground cost; `distance` is <plan, cost>,
-    without the entropy, and so at least the exact distance. Raises DataError on a malformed cost or epsilon <= 0.
+    On one CPU core, without holding the interpreter's lock; of several optimal plans always the same one is taken. The
+    first call in a process loads the solver (0.5 s) and the first on a machine compiles it (some seconds).
+    Raises DataError on costs or lengths that do not fit, and on costs that are NaN, infinite or beyond 1e100.
     """
-    cost_ST = _checked_cost(cost_ST)
-    if not epsilon > 0.0:
-        raise DataError(f"the entropic regularisation must be positive, got epsilon={epsilon}")
-    num_student, num_teacher = cost_ST.shape
-    log_a, log_b = -np.log(num_student), -np.log(num_teacher)
-    kernel_ST = -cost_ST / epsilon
-    v_T = np.zeros(num_teacher)
-    for _ in range(max_iterations):
-        u_S = log_a - _logsumexp(kernel_ST + v_T, axis=1)
-        column_T = _logsumexp(kernel_ST + u_S[:, None], axis=0)
-        error = np.abs(np.exp(column_T + v_T) - 1.0 / num_teacher).sum()
-        if error <= tolerance:
-            break
-        v_T = log_b - column_T
-    plan_ST = _round_to_marginals(np.exp(kernel_ST + u_S[:, None] + v_T))
-    return TransportResult(plan_ST=plan_ST, distance=float((plan_ST * cost_ST).sum()))
+    from topd_ray.objective.exact_solver import solve  # numba: only who solves pays for its import
+
+    cost, student_lengths, teacher_lengths = _problem(cost_MST, student_lengths_M, teacher_lengths_M)
+    plan_MST, distance_M = np.zeros(tuple(cost.shape)), np.zeros(len(cost))
+    solve(
+        np.require(cost.cpu().numpy(), np.float64, ["C", "W"]), student_lengths, teacher_lengths, plan_MST, distance_M
+    )
+    return TransportResult(
+        plan_MST=_on(plan_MST, cost.device),
+        distance_M=_on(distance_M, cost.device),
+        residual_M=torch.zeros(len(cost), dtype=torch.float64, device=cost.device),
+    )
+
+
+@torch.no_grad()
+def entropic_transport(
+    cost_MST: Values,
+    student_lengths_M: Values | None = None,
+    teacher_lengths_M: Values | None = None,
+    *,
+    epsilon: float,
+    tolerance: float = 1e-6,
+    max_iterations: int = 2000,
+) -> TransportResult:
+    """Sinkhorn's plans argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals.
+
+    All windows at once, in the log domain, on the cost's device. A window is done when its column sums are off by at
+    most `tolerance` in sum (looked at every 16 iterations; rows are exact), or after `max_iterations`; `residual_M`
+    tells which. The rounding of Altschuler, Weed and Rigollet (2017, algorithm 2) then makes the plan feasible, so that
+    an early stop costs optimality and never mass. `epsilon` is in units of the ground cost.
+
+    Bias: exact <= distance <= exact + epsilon * log(min(S, T)) + 4 * residual * max|cost|. For couplings P_eps, optimal
+    with entropy, and P*, optimal without, <P_eps, C> - <P*, C> <= epsilon * (H(P_eps) - H(P*)), where H(P_eps) <=
+    log S + log T and H(P*) >= log max(S, T); the last term is what the stop and the rounding can add.
+    Raises DataError on costs or lengths that do not fit, costs that are not finite, and parameters out of range.
+    """
+    if not 0.0 < epsilon < np.inf:
+        raise DataError(f"epsilon: found {epsilon}, want a positive number")
+    if not tolerance >= 0.0 or max_iterations < 1:
+        raise DataError(f"tolerance={tolerance} must be at least 0 and max_iterations={max_iterations} at least 1")
+    cost, student_lengths, teacher_lengths = _problem(cost_MST, student_lengths_M, teacher_lengths_M)
+    inside_MST = _on(_inside(student_lengths, teacher_lengths, tuple(cost.shape)), cost.device)
+    a_MS = _marginal(student_lengths, cost.shape[1], cost.device)
+    b_MT = _marginal(teacher_lengths, cost.shape[2], cost.device)
+    cost = cost.masked_fill(~inside_MST, 0.0)
+    kernel_MST = (cost / -epsilon).masked_fill_(~inside_MST, -torch.inf)
+    plan_MST, residual_M = _sinkhorn(kernel_MST, a_MS, b_MT, tolerance, max_iterations)
+    plan_MST = _round_to_marginals(plan_MST, a_MS, b_MT)
+    return TransportResult(plan_MST=plan_MST, distance_M=(plan_MST * cost).sum((1, 2)), residual_M=residual_M)
 
 
 def solve_windows(
-    costs: Sequence[ArrayLike] | Iterable[ArrayLike], method: Method, epsilon: float = 0.05
-) -> list[TransportResult]:
-    """One transport problem per window, in order; `epsilon` is read by `entropic` only. Raises DataError as they do."""
+    cost_MST: Values,
+    student_lengths_M: Values | None = None,
+    teacher_lengths_M: Values | None = None,
+    *,
+    method: Method = "exact",
+    epsilon: float = 0.05,
+) -> TransportResult:
+    """`exact_transport` or `entropic_transport`; `epsilon` is read by the latter only. Raises DataError as they do."""
     if method == "exact":
-        return [exact_transport(cost_ST) for cost_ST in costs]
-    return [entropic_transport(cost_ST, epsilon) for cost_ST in costs]
+        return exact_transport(cost_MST, student_lengths_M, teacher_lengths_M)
+    if method == "entropic":
+        return entropic_transport(cost_MST, student_lengths_M, teacher_lengths_M, epsilon=epsilon)
+    raise DataError(f"method: found {method!r}, want exact or entropic")
 
 
-def _network_simplex(cost_ST: Float64) -> Float64:
-    # POT probes every array library it knows when imported (seconds): only who solves S != T pays for it.
-    import ot  # type: ignore[import-untyped,unused-ignore]
-
-    num_student, num_teacher = cost_ST.shape
-    a_S = np.full(num_student, 1.0 / num_student)
-    b_T = np.full(num_teacher, 1.0 / num_teacher)
-    plan_ST, log = ot.emd(a_S, b_T, cost_ST, numItermax=1_000_000, log=True)
-    if log["warning"] is not None:
-        raise DataError(f"no optimal transport plan for a cost of shape {cost_ST.shape}: {log['warning']}")
-    feasible_ST: Float64 = np.maximum(plan_ST, 0.0)
-    return feasible_ST
-
-
-def _round_to_marginals(plan_ST: Float64) -> Float64:
-    """The nearest-mass feasible plan: shrink rows, then columns, that hold too much, and spread what is missing."""
-    num_student, num_teacher = plan_ST.shape
-    plan_ST = plan_ST * np.minimum(1.0, 1.0 / num_student / np.maximum(plan_ST.sum(1), 1e-300))[:, None]
-    plan_ST = plan_ST * np.minimum(1.0, 1.0 / num_teacher / np.maximum(plan_ST.sum(0), 1e-300))
-    missing_S = np.maximum(1.0 / num_student - plan_ST.sum(1), 0.0)
-    missing_T = np.maximum(1.0 / num_teacher - plan_ST.sum(0), 0.0)
-    if missing_S.sum() > 0.0:
-        plan_ST = plan_ST + missing_S[:, None] * missing_T / missing_S.sum()
-    return plan_ST
-
-
-def _logsumexp(values: Float64, axis: int) -> Float64:
-    peak = values.max(axis=axis, keepdims=True)
-    result: Float64 = np.log(np.exp(values - peak).sum(axis=axis)) + peak.squeeze(axis)
-    return result
+def _sinkhorn(
+    kernel_MST: Tensor, a_MS: Tensor, b_MT: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Plans with exact rows, and how far their columns are off. A window that is done takes no more iterations."""
+    plan_MST, residual_M = torch.zeros_like(kernel_MST), kernel_MST.new_zeros(len(kernel_MST))
+    log_a_MS, log_b_MT = a_MS.log(), b_MT.log()
+    outside_MS, outside_MT = a_MS == 0.0, b_MT == 0.0  # their potential is -inf, and not the NaN of -inf + inf
+    u_MS = (log_a_MS - torch.logsumexp(kernel_MST, 2)).masked_fill_(outside_MS, -torch.inf)
+    todo = torch.arange(len(kernel_MST), device=kernel_MST.device)
+    left = max_iterations
+    while todo.numel():
+        for _ in range(min(CHECK_EVERY, left)):
+            v_MT = log_b_MT - torch.logsumexp(kernel_MST + u_MS.unsqueeze(2), 1)
+            v_MT.masked_fill_(outside_MT, -torch.inf)
+            u_MS = log_a_MS - torch.logsumexp(kernel_MST + v_MT.unsqueeze(1), 2)
+            u_MS.masked_fill_(outside_MS, -torch.inf)
+        left -= min(CHECK_EVERY, left)
+        part_MST = (kernel_MST + u_MS.unsqueeze(2) + v_MT.unsqueeze(1)).exp_()
+        off_M = (part_MST.sum(1) - b_MT).abs().sum(1)
+        done_M = off_M <= tolerance if left else torch.ones_like(off_M, dtype=torch.bool)
+        plan_MST[todo[done_M]], residual_M[todo[done_M]] = part_MST[done_M], off_M[done_M]
+        more_M = ~done_M
+        todo, kernel_MST, u_MS, v_MT = todo[more_M], kernel_MST[more_M], u_MS[more_M], v_MT[more_M]
+        log_a_MS, log_b_MT, b_MT = log_a_MS[more_M], log_b_MT[more_M], b_MT[more_M]
+        outside_MS, outside_MT = outside_MS[more_M], outside_MT[more_M]
+    return plan_MST, residual_M
 
 
-def _checked_cost(cost_ST: ArrayLike) -> Float64:
-    checked_ST = np.asarray(cost_ST, np.float64)
-    if checked_ST.ndim != 2 or checked_ST.size == 0:
-        raise DataError(f"a ground cost must be a non-empty [student, teacher] matrix, got shape {checked_ST.shape}")
-    if not np.isfinite(checked_ST).all():
-        raise DataError("the ground cost holds NaN or infinity: embeddings must be finite")
-    return checked_ST
+def _round_to_marginals(plan_MST: Tensor, a_MS: Tensor, b_MT: Tensor) -> Tensor:
+    """Shrinks rows, then columns, that hold too much, and spreads what is then missing (a rank-one term)."""
+    plan_MST = plan_MST * (a_MS / plan_MST.sum(2).clamp_(min=1e-300)).clamp_(max=1.0).unsqueeze(2)
+    plan_MST = plan_MST * (b_MT / plan_MST.sum(1).clamp_(min=1e-300)).clamp_(max=1.0).unsqueeze(1)
+    missing_MS = (a_MS - plan_MST.sum(2)).clamp_(min=0.0)
+    missing_MT = (b_MT - plan_MST.sum(1)).clamp_(min=0.0)
+    share_MT = missing_MT / missing_MS.sum(1, keepdim=True).clamp_(min=1e-300)
+    return plan_MST + missing_MS.unsqueeze(2) * share_MT.unsqueeze(1)
 
 
-def _token_ids(token_ids: ArrayLike, num_rows: int, side: str) -> NDArray[np.int64]:
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or ids.size == 0:
-        raise DataError(f"the {side} window must hold at least one token, got shape {ids.shape}")
-    if ids.min() < 0 or ids.max() >= num_rows:
-        raise DataError(f"the {side} window holds ids {ids.min()}..{ids.max()}, the embedding has {num_rows} rows")
-    return ids.astype(np.int64)
+def _distinct(ids: Int64, num_rows: int) -> tuple[Int64, Int64]:
+    """The distinct ids, ascending, and where each of `ids` is among them: numpy.unique by counting, without a sort."""
+    seen_V = np.zeros(num_rows, np.bool_)
+    seen_V[ids] = True
+    distinct_U = np.flatnonzero(seen_V)
+    rank_V = np.zeros(num_rows, np.int64)
+    rank_V[distinct_U] = np.arange(distinct_U.size)
+    return distinct_U, rank_V[ids]
+
+
+def _cosine(embedding_VD_unit: Tensor, rows: Int64, columns: Int64) -> Tensor:
+    device = embedding_VD_unit.device
+    return embedding_VD_unit[_on(rows, device)].double() @ embedding_VD_unit[_on(columns, device)].double().T
+
+
+def _problem(
+    cost_MST: Values, student_lengths_M: Values | None, teacher_lengths_M: Values | None
+) -> tuple[Tensor, Int64, Int64]:
+    """The cost as a float64 tensor and both lengths, checked."""
+    if isinstance(cost_MST, Tensor):
+        cost = cost_MST.detach().double()
+    else:
+        cost = torch.from_numpy(np.require(cost_MST, np.float64, ["C", "W"]))
+    if cost.ndim != 3 or (len(cost) and not cost.numel()):
+        raise DataError(f"cost_MST: shape {tuple(cost.shape)}, want [windows, student, teacher] with no empty window")
+    num, num_student, num_teacher = cost.shape
+    student_lengths = checked_lengths(student_lengths_M, num, num_student, "student_lengths_M")
+    teacher_lengths = checked_lengths(teacher_lengths_M, num, num_teacher, "teacher_lengths_M")
+    fine_MST = cost.abs() <= LARGEST_COST  # false for NaN
+    if not bool(fine_MST.all()):
+        wrong = ~fine_MST.cpu().numpy() & _inside(student_lengths, teacher_lengths, tuple(cost.shape))
+        if wrong.any():
+            where = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+            raise DataError(f"cost_MST: {cost[where].item()} at {list(where)}, want finite costs up to {LARGEST_COST}")
+    return cost, student_lengths, teacher_lengths
+
+
+def checked_lengths(lengths_M: Values | None, num_windows: int, width: int, name: str) -> Int64:
+    """Lengths as int64 [M], all `width` for None. Raises DataError, naming `name`, unless each is 1 to `width`."""
+    if lengths_M is None:
+        return np.full(num_windows, width, np.int64)
+    lengths = as_numpy(lengths_M)
+    if lengths.shape != (num_windows,) or not (np.issubdtype(lengths.dtype, np.integer) or not lengths.size):
+        raise DataError(f"{name}: {lengths.dtype} of shape {lengths.shape}, want {num_windows} whole numbers")
+    if lengths.size and (lengths.min() < 1 or lengths.max() > width):
+        raise DataError(f"{name}: {lengths.min()}..{lengths.max()}, want 1 to the padded width {width}")
+    return np.require(lengths, np.int64, ["C", "W"])
+
+
+def _windows(ids: Values, lengths_M: Values | None, num_rows: int, side: str) -> tuple[Int64, Int64]:
+    """Token ids, 0 past the lengths, and the lengths, checked."""
+    ids_MK = as_numpy(ids)
+    if ids_MK.ndim != 2 or (len(ids_MK) and not ids_MK.size):
+        raise DataError(f"{side}_ids: shape {ids_MK.shape}, want [windows, tokens] with no empty window")
+    if ids_MK.size and not np.issubdtype(ids_MK.dtype, np.integer):
+        raise DataError(f"{side}_ids: {ids_MK.dtype}, want whole numbers")
+    lengths = checked_lengths(lengths_M, len(ids_MK), ids_MK.shape[1], f"{side}_lengths_M")
+    ids_MK = np.where(np.arange(ids_MK.shape[1]) < lengths[:, None], ids_MK, 0).astype(np.int64)
+    if ids_MK.size and (ids_MK.min() < 0 or ids_MK.max() >= num_rows):
+        raise DataError(f"{side}_ids: {ids_MK.min()}..{ids_MK.max()}, want ids of the embedding's {num_rows} rows")
+    return ids_MK, lengths
+
+
+def _inside(student_lengths_M: Int64, teacher_lengths_M: Int64, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """[M, S, T], true where both tokens are there."""
+    student_MS = np.arange(shape[1]) < student_lengths_M[:, None]
+    teacher_MT = np.arange(shape[2]) < teacher_lengths_M[:, None]
+    inside_MST: NDArray[np.bool_] = student_MS[:, :, None] & teacher_MT[:, None, :]
+    return inside_MST
+
+
+def _marginal(lengths_M: Int64, width: int, device: torch.device) -> Tensor:
+    """[M, width], 1/length at each token, 0 past the end."""
+    return _on(np.where(np.arange(width) < lengths_M[:, None], 1.0 / np.maximum(lengths_M, 1)[:, None], 0.0), device)
+
+
+def as_numpy(values: Values) -> NDArray[Any]:
+    """An array of a tensor on any device, or of whatever numpy takes."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _on(values: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
