@@ -5,7 +5,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -39,6 +39,8 @@ class Row(TypedDict):
     repeats: int
     spread: list[float]
     """smallest and largest ratio of the repeats"""
+    floor: NotRequired[float]
+    """the value of `ours` that nothing can beat on this machine, in the same unit; goes to cpu_about.json"""
 
 
 def is_met(row: Row) -> bool:

@@ -1,13 +1,14 @@
 """Lets the sides train in turns, and makes rows of what they did.
 
-Each side is a process of its own, started and loaded one after the other. Then they make a few updates in turns: first a
-turn to warm up, then the measured ones, in alternating order. Whoever waits is stopped (SIGSTOP, with all of its workers):
-it neither disturbs the others nor works ahead. A turn's figure is its trained tokens
-(response tokens that got a loss) over its wall time; the ratio is the median over the rounds of ours over TRL's.
+Each side is a process of its own, started and loaded one after the other. Then they make a few updates in turns: first
+a turn to warm up, then the measured ones, in alternating order. Whoever waits is stopped (SIGSTOP, with all of its
+workers): it neither disturbs the others nor works ahead. A turn's figure is its trained tokens (response tokens that
+got a loss) over its wall time; the ratio is the median over the rounds of ours over TRL's.
 """
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -24,9 +25,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
 
-from bench.end_to_end.task import CASES, PROMPTS_PER_UPDATE, THREADS, Case, write_files
+from bench.end_to_end.task import CASES, PROMPTS_PER_UPDATE, THREADS, Case, read_rows, write_files
 from bench.report import Row, save, version_of
+from topd_ray.demo.tokenizer import render_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = {"ours": ROOT / ".venv/bin/python", "trl": ROOT / ".venv-bench/bin/python"}
@@ -46,7 +51,14 @@ class Side:
         self._log = folder / f"{name}.log"
         self._connection, theirs = Pipe()
         module, method = ("trl", []) if name == "trl" else ("ours", [name])
-        command = [PYTHONS[module], "-m", f"bench.end_to_end.{module}", folder, str(theirs.fileno()), case.name]
+        command = [
+            str(PYTHONS[module]),
+            "-m",
+            f"bench.end_to_end.{module}",
+            str(folder),
+            str(theirs.fileno()),
+            case.name,
+        ]
         threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if module == "trl" else {}
         started = time.perf_counter()
         with self._log.open("w") as log:
@@ -134,12 +146,14 @@ def compare(case: Case, methods: Sequence[str] = ("opd",)) -> dict[str, Any]:
         for number in range(case.num_turns):
             order = names if number % 2 == 0 else names[::-1]
             rounds.append({name: sides[name].turn(case.updates_per_turn) for name in order})
+        floor = floor_rate(folder, statistics.mean(rounds[-1]["trl"]["lengths"]) * PROMPTS_PER_UPDATE)
         accuracy = {name: side.finish() for name, side in sides.items()}
     before = accuracy["trl"].pop("before")
     return {
         "case": case.name,
         "updates": num_updates,
-        "accuracy_before": before,
+        "floor_tokens_per_second": round(floor),
+        "accuracy_before": round(before, 3),
         "sides": {
             name: side_result([turns[name] for turns in rounds], warm_up[name], accuracy[name]["after"])
             | {"start_seconds": round(sides[name].start_seconds, 1)}
@@ -152,6 +166,39 @@ def compare(case: Case, methods: Sequence[str] = ("opd",)) -> dict[str, Any]:
 def rate(turn: dict[str, Any]) -> float:
     """Trained tokens per second."""
     return float(turn["num_tokens"] / turn["seconds"])
+
+
+def floor_rate(folder: Path, tokens_per_update: float) -> float:
+    """Trained tokens per second if nothing but the weights' matrix products took time, at a bare product's speed.
+
+    2 operations a weight and token: the student's once to write a token, three times to learn from it, the teacher's
+    once to score it; prompts are read by both and pass through the learner. Attention is left out.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    rows = read_rows(folder / "train.jsonl")
+    num_prompt = statistics.mean(len(render_prompt(tokenizer, row["prompt"])) for row in rows) * PROMPTS_PER_UPDATE
+    student, teacher = (num_weights(folder / name) for name in ("student", "teacher"))
+    operations = 2 * (tokens_per_update + num_prompt) * (4 * student + teacher)
+    return tokens_per_update / (operations / operations_per_second())
+
+
+def num_weights(model: Path) -> int:
+    """Of all matrices."""
+    with safe_open(model / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+
+
+def operations_per_second() -> float:
+    """Of the pair's largest product, [4096 tokens, 128] x [128, 384] in float32: the best of many."""
+    torch.set_num_threads(THREADS)
+    left, right = torch.randn(4096, 128), torch.randn(128, 384)
+    seconds = []
+    for _ in range(200):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - started)
+    return 2 * 4096 * 128 * 384 / min(seconds)
 
 
 def side_result(turns: Sequence[dict[str, Any]], warm_up: dict[str, Any], accuracy: float) -> dict[str, Any]:
@@ -198,6 +245,7 @@ def rows(result: dict[str, Any], goal: float) -> list[Row]:
                 goal=goal if name == "opd" else None,
                 repeats=len(ratios),
                 spread=[round(min(ratios), 3), round(max(ratios), 3)],
+                floor=result["floor_tokens_per_second"],
             )
         )
     return made
@@ -210,6 +258,8 @@ def measure(
     missing = [str(python) for python in PYTHONS.values() if not python.exists()]
     if missing:
         raise SideError(f"{' and '.join(missing)} is missing: `make bench` sets it up")
+    # The sides live in sessions of their own, and may be stopped: being terminated must end them too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     results = []
     made: list[dict[str, Any]] = []
     for case in cases:

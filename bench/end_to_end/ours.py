@@ -1,7 +1,7 @@
 """Our side: `ours.py FOLDER DESCRIPTOR CASE NUM_UPDATES METHOD`, in the environment of `make demo`.
 
-What runs is `topd run` as it is, its workers on Ray. The clock is read when a step's figures reach `metrics.jsonl`, so that
-whatever happens between two steps counts; the stages are the run's own figures.
+What runs is `topd run` as it is, its workers on Ray. The clock is read when a step's figures reach `metrics.jsonl`, so
+that whatever happens between two steps counts; the stages are the run's own figures.
 """
 
 import sys
@@ -68,7 +68,7 @@ def main(folder: Path, descriptor: int, case: Case, num_updates: int, method: st
     import topd_ray.pipeline.run as run
 
     TurnSinks.turns = Turns(descriptor)
-    run.Sinks = TurnSinks  # type: ignore[misc]
+    run.Sinks = TurnSinks  # type: ignore[attr-defined]
     code = topd(["run", "jobs/demo.yaml", *overrides(folder, case, num_updates, method)])
     if code != 0:
         sys.exit(code)

@@ -74,7 +74,8 @@ def write_files(case: Case, num_updates: int, folder: Path) -> None:
     The pair's files say 512 positions, a prompt and the cap are longer: rotary positions have no table, so the copies
     say more.
     """
-    for split, num in (("train", num_updates * PROMPTS_PER_UPDATE), ("heldout", case.num_heldout)):
+    counts: dict[Split, int] = {"train": num_updates * PROMPTS_PER_UPDATE, "heldout": case.num_heldout}
+    for split, num in counts.items():
         rows = [{"prompt": prompt, "answer": answer} for prompt, answer in _chains(split, num, case.chain_weights)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("student", "teacher"):

@@ -1,8 +1,9 @@
 """TRL's side: `trl.py FOLDER DESCRIPTOR CASE NUM_UPDATES`, in an environment with TRL.
 
-Set up as one would who wants it fast on a CPU: float32, no gradient checkpointing, scaled-dot-product attention, KV cache,
-the whole batch in one pass, fused AdamW, no evaluation, no checkpoints, no logging, no progress bar. Its vLLM generation
-does not run here: TRL hands vLLM the weights by `load_weights`, which vLLM's CPU engine, having repacked them, refuses.
+Set up as one would who wants it fast on a CPU: float32, no gradient checkpointing, scaled-dot-product attention, a KV
+cache, the whole batch in one pass, fused AdamW, no evaluation, no checkpoints, no logging, no progress bar. Its vLLM
+generation does not run here: TRL hands vLLM the weights by `load_weights`, which vLLM's CPU engine, having repacked
+them, refuses.
 """
 
 import sys
