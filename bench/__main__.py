@@ -8,6 +8,7 @@ Exits with 1 if a part could not run; a goal that is missed is said, and is no f
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ def main() -> int:
     parts = parser.parse_args().parts or list(PARTS)
     if strangers := sorted(set(parts) - set(PARTS)):
         parser.error(f"unknown part {', '.join(strangers)}: the parts are {', '.join(PARTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the part in hand ends too
     started = time.perf_counter()
     rows: list[Row] = []
     failed = []
@@ -72,13 +74,10 @@ def run_part(part: str) -> list[Row]:
         try:
             code = process.wait(PARTS[part])
         except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
             raise PartError(f"it took more than {PARTS[part]} s\n{tail(log)}") from None
         finally:
-            if process.poll() is None:  # interrupted
-                process.terminate()
-                process.wait()
+            process.terminate()
+            process.wait()
         if code != 0:
             raise PartError(f"exit code {code}\n{tail(log)}")
         return checked(json.loads(output.read_text()))

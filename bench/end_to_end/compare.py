@@ -133,9 +133,9 @@ class Side:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-25:])
 
 
-def compare(case: Case, methods: Sequence[str] = ("opd",)) -> dict[str, Any]:
+def compare(case: Case) -> dict[str, Any]:
     """Train each objective of ours and TRL in turns. Raises SideError if one of them does not get through."""
-    names = (*methods, "trl")
+    names = (*case.methods, "trl")
     num_updates = case.warmup_updates + case.num_turns * case.updates_per_turn
     with tempfile.TemporaryDirectory(prefix="end_to_end-") as temporary, ExitStack() as stack:
         folder = Path(temporary)
@@ -251,9 +251,7 @@ def rows(result: dict[str, Any], goal: float) -> list[Row]:
     return made
 
 
-def measure(
-    cases: Sequence[Case] = tuple(CASES.values()), methods: Sequence[str] = ("opd", "topd")
-) -> list[dict[str, Any]]:
+def measure(cases: Sequence[Case] = tuple(CASES.values())) -> list[dict[str, Any]]:
     """Rows of all cases; details (stages, lengths, accuracies) go to results/end_to_end.json."""
     missing = [str(python) for python in PYTHONS.values() if not python.exists()]
     if missing:
@@ -263,7 +261,7 @@ def measure(
     results = []
     made: list[dict[str, Any]] = []
     for case in cases:
-        results.append(compare(case, methods))
+        results.append(compare(case))
         made += [dict(row) for row in rows(results[-1], case.goal)]
     save("end_to_end", {"cases": results})
     return made
@@ -272,14 +270,16 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description="Our `topd run` against TRL.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--methods", nargs="+", choices=("opd", "topd"), default=["opd", "topd"])
+    parser.add_argument("--methods", nargs="+", choices=("opd", "topd"), help="default: the case's own")
     parser.add_argument("--updates", type=int, help="measured updates of each side (default: the case's own)")
     arguments = parser.parse_args()
     cases = [CASES[name] for name in arguments.cases]
     if arguments.updates is not None:
         cases = [replace(one, num_turns=max(3, arguments.updates // one.updates_per_turn)) for one in cases]
+    if arguments.methods is not None:
+        cases = [replace(one, methods=tuple(arguments.methods)) for one in cases]
     try:
-        made = measure(cases, arguments.methods)
+        made = measure(cases)
     except SideError as error:
         sys.exit(f"error: {error}")
     print(json.dumps(made, indent=1))
