@@ -227,7 +227,7 @@ def side_result(turns: Sequence[dict[str, Any]], warm_up: dict[str, Any], accura
     return result
 
 
-def rows(result: dict[str, Any], goal: float) -> list[Row]:
+def rows(result: dict[str, Any], goal: float, peer_version: str) -> list[Row]:
     """One for each objective of ours; TOPD does more than TRL and has no goal."""
     made = []
     for name in result["sides"]:
@@ -239,7 +239,7 @@ def rows(result: dict[str, Any], goal: float) -> list[Row]:
                 name=f"end_to_end_{'' if name == 'opd' else f'{name}_'}vs_trl_{result['case']}",
                 ours=result["sides"][name]["tokens_per_second"],
                 peer=result["sides"]["trl"]["tokens_per_second"],
-                peer_version=version_of("trl"),
+                peer_version=peer_version,
                 unit="trained tokens/s",
                 ratio=round(statistics.median(ratios), 3),
                 goal=goal if name == "opd" else None,
@@ -262,7 +262,7 @@ def measure(cases: Sequence[Case] = tuple(CASES.values())) -> list[dict[str, Any
     made: list[dict[str, Any]] = []
     for case in cases:
         results.append(compare(case))
-        made += [dict(row) for row in rows(results[-1], case.goal)]
+        made += [dict(row) for row in rows(results[-1], case.goal, version_of("trl"))]
     save("end_to_end", {"cases": results})
     return made
 
