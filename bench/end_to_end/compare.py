@@ -59,13 +59,15 @@ class Side:
             str(theirs.fileno()),
             case.name,
         ]
-        threads = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if module == "trl" else {}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # each side sets its own threads
+            environment.pop(variable, None)
         started = time.perf_counter()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, str(num_updates), *method],
                 cwd=ROOT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **threads},
+                env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
@@ -74,7 +76,7 @@ class Side:
         theirs.close()
         try:
             self._receive(START_LIMIT)
-        except SideError:
+        except BaseException:  # being terminated too: nothing else would end it
             self._end(signal.SIGTERM)
             raise
         self.start_seconds = time.perf_counter() - started
