@@ -38,6 +38,15 @@ PYTHONS = {"ours": ROOT / ".venv/bin/python", "trl": ROOT / ".venv-bench/bin/pyt
 START_LIMIT, TURN_LIMIT, END_LIMIT = 120.0, 300.0, 120.0
 """seconds a side may take to load, for a turn, and to grade its student"""
 
+PATIENCE = {
+    "RAY_grpc_keepalive_time_ms": "600000",
+    "RAY_grpc_keepalive_timeout_ms": "600000",
+    "RAY_grpc_client_keepalive_time_ms": "600000",
+    "RAY_grpc_client_keepalive_timeout_ms": "600000",
+    "RAY_health_check_timeout_ms": "600000",
+}
+"""Ray takes a process that does not answer for 20 s for dead, and frees what it held: a stopped one is not."""
+
 
 class SideError(RuntimeError):
     """A side ended early or took too long."""
@@ -59,7 +68,7 @@ class Side:
             str(theirs.fileno()),
             case.name,
         ]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **PATIENCE}
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # each side sets its own threads
             environment.pop(variable, None)
         started = time.perf_counter()
