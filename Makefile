@@ -3,20 +3,21 @@ OBJECTIVE ?= topd
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test lint bench lock clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
-demo test: export HF_HUB_OFFLINE := 1
+demo test bench: export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo    train the embedded student on this machine and print the table (OBJECTIVE=topd|opd)"
 	@echo "make test    lint, import contracts, types and tests"
 	@echo "make lint    the same without the tests"
-	@echo "make lock    remake requirements/cpu.txt and gpu.txt (UPGRADE=1: newest versions)"
-	@echo "make clean   delete .venv, build/ and caches; keeps runs/"
+	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
+	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
+	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
 	@echo
 	@echo "All but lock and clean set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
-	@echo 'ARGS="..." goes on to the command: make demo ARGS="run.steps=10", make test ARGS="-k buffer"'
+	@echo 'ARGS="..." goes on to the command: make demo ARGS="run.steps=10", make test ARGS="-k buffer", make bench ARGS=loss'
 
 setup:
 	@bash requirements/setup.sh
@@ -30,8 +31,12 @@ test: setup
 lint: setup
 	@bash tests/run.sh lint
 
+bench: setup
+	@bash requirements/bench.sh
+	.venv-bench/bin/python -m bench $(ARGS)
+
 lock:
 	@bash requirements/lock.sh
 
 clean:
-	rm -rf .venv build topd_ray.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-bench build topd_ray.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,7 +5,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -17,7 +17,42 @@ PACKAGES = {
     "deepspeed": ("deepspeed",),
     "ray": ("ray",),
     "triton": ("triton",),
+    "trl": ("trl",),
+    "liger-kernel": ("liger-kernel",),
+    "pot": ("pot",),
 }
+
+
+class Row(TypedDict):
+    """A figure of ours against a peer's, ratio = ours / peer."""
+
+    name: str
+    ours: float
+    peer: float
+    peer_version: str
+    """`trl 1.16.0`: package and version"""
+    unit: str
+    ratio: float
+    """median of the paired repeats' ratios"""
+    goal: float | None
+    """what the ratio is to be at most, or, where the unit is a rate (`.../s`), at least; None: for information"""
+    repeats: int
+    spread: list[float]
+    """smallest and largest ratio of the repeats"""
+    floor: NotRequired[float]
+    """the value of `ours` that nothing can beat on this machine, in the same unit; goes to cpu_about.json"""
+
+
+def is_met(row: Row) -> bool:
+    """Whether the ratio reaches the goal, where there is one."""
+    if row["goal"] is None:
+        return True
+    return row["ratio"] >= row["goal"] if row["unit"].endswith("/s") else row["ratio"] <= row["goal"]
+
+
+def version_of(package: str) -> str:
+    """`trl 1.16.0`."""
+    return f"{package} {version(package)}"
 
 
 def save(name: str, result: dict[str, Any]) -> None:

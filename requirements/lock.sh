@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Remakes cpu.txt and gpu.txt from the .in files: `make lock`. Reads metadata only, about a minute.
+# Remakes cpu.txt, gpu.txt and bench.txt from the .in files: `make lock`. Reads metadata only, about a minute.
 # Pins already in the locks are kept while they fit; UPGRADE=1 takes the newest versions that the .in files allow.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -50,3 +50,16 @@ printf '%s\n' "torch; python_version < '3'" >> "$work/cpu-overrides.txt"
 printf '%s\n' filelock fsspec jinja2 networkx setuptools sympy typing-extensions >> "$work/cpu.in"
 compile cpu "Every package for a machine without a GPU." --override cpu-overrides.txt
 compile gpu "Every package for a machine with an NVIDIA GPU."
+
+# The peers, resolved beside the packages of cpu.txt as they are pinned there: bench.txt is what that adds.
+(cd "$work" && grep -v '^triton;' cpu-overrides.txt > bench-overrides.txt && cp "$OLDPWD/cpu.txt" pinned.txt &&
+    sed -i '/^torch==/d' pinned.txt && venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+    --no-annotate --no-header --override bench-overrides.txt --constraint pinned.txt \
+    base.in test.in cpu.in bench.in -o bench-all.txt > /dev/null)
+{
+    echo "# What \`make bench\` needs beyond .venv."
+    echo "# Complete, for Python 3.11 and 3.12 on Linux x86-64. Made by \`make lock\`; requirements/bench.sh"
+    echo "# installs it with pip's --no-deps: every need is in the list, and nothing outside it is wanted."
+    sed "s/${machines}\$//" "$work/bench-all.txt" | grep -vxFf cpu.txt
+} > bench.txt
+echo "requirements/bench.txt: $(grep -c '^[^#]' bench.txt) packages"
