@@ -238,8 +238,11 @@ class LearnerConfig(Section):
     """Trajectories of one forward pass on one rank; the batch is split evenly into these."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    logits_chunk_tokens: PositiveInt = 1024
-    """Tokens whose logits exist at once while the loss is computed."""
+    logits_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at once while the loss is computed; unset, as many as fit a fixed memory: 48 MiB of
+    float32 on CPUs, 512 MiB on GPUs."""
+    loss_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What reads and writes these logits on a GPU: Triton kernels if Triton is installed (auto), or torch alone."""
 
 
 class BufferConfig(Section):

@@ -65,15 +65,11 @@ def outside_vocabulary(name: str, ids: Tensor, num_vocabulary: int, mask: Tensor
     )
 
 
-def not_logprobs(name: str, logprobs: Tensor) -> Finding:
-    """NaN, or above 0."""
-    is_bad = ~(logprobs <= _mass_slack(logprobs))
+def not_logprobs(name: str, logprobs: Tensor, *, allow_nan: bool = False) -> Finding:
+    """Above 0, or NaN."""
+    slack = _mass_slack(logprobs)
+    is_bad = logprobs > slack if allow_nan else ~(logprobs <= slack)
     return is_bad.any(), lambda: f"{name} holds {float(logprobs[is_bad][0])}, and should hold log-probs: at most 0"
-
-
-def not_finite(name: str, values: Tensor) -> Finding:
-    is_bad = ~values.isfinite()
-    return is_bad.any(), lambda: f"{name} holds {float(values[is_bad][0])}, and should be finite"
 
 
 def not_normalisable(name: str, log_normaliser_N: Tensor) -> Finding:
@@ -89,7 +85,13 @@ def not_normalisable(name: str, log_normaliser_N: Tensor) -> Finding:
 
 
 def not_a_teacher(
-    topk_ids: Tensor, topk_logprobs: Tensor, sampled_ids: Tensor, sampled_logprobs: Tensor, num_vocabulary: int
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    sampled_ids: Tensor,
+    sampled_logprobs: Tensor,
+    num_vocabulary: int,
+    *,
+    allow_nan: bool = False,
 ) -> list[Finding]:
     """What is wrong with a teacher's top-k [N, K] (-inf: padding) and log-probs of the sampled tokens [N]."""
     in_topk_NK = topk_logprobs != -torch.inf
@@ -104,8 +106,8 @@ def not_a_teacher(
     return [
         outside_vocabulary("sampled_ids", sampled_ids, num_vocabulary),
         outside_vocabulary("teacher_topk_ids", topk_ids, num_vocabulary, in_topk_NK),
-        not_logprobs("teacher_topk_logprobs", topk_logprobs),
-        not_logprobs("teacher_sampled_logprobs", sampled_logprobs),
+        not_logprobs("teacher_topk_logprobs", topk_logprobs, allow_nan=allow_nan),
+        not_logprobs("teacher_sampled_logprobs", sampled_logprobs, allow_nan=allow_nan),
         (
             is_heavy_N.any(),
             lambda: (

@@ -138,14 +138,14 @@ class Head:
         hidden_ND, stored_VN = self.hidden_ND[self._rows], self._stored_VN
         assert stored_VN is not None, "nothing needs a gradient"
         scale_XN = (self._peaks_XN - self._peak_N).exp() * (weight_N / self.spec.temperature)
-        picked_grad = self._picked.sort(grad_P * self._slope(self._picked.values()) / self.spec.temperature)
+        picked_grad = self._picked.sort(grad_P * self.slope(self._picked.values()) / self.spec.temperature)
         blocks = self._blocks(len(hidden_ND))
         for index, block in enumerate(blocks):
             outside_BN = stored_VN[block]
             grad_BN = torch.mul(outside_BN, scale_XN[index], out=self._block(outside_BN.shape))
             if self.spec.logit_softcap is not None:
                 # exp(logit - peak) was stored: its log leads back to the logit, up to the rounding of the logit.
-                grad_BN.mul_(self._slope(outside_BN.log().add_(self._peaks_XN[index])))
+                grad_BN.mul_(self.slope(outside_BN.log().add_(self._peaks_XN[index])))
             self._picked.add(index, grad_BN, picked_grad)
             self._add_gradient(block, grad_BN, hidden_ND)
         self.is_first = False
@@ -168,7 +168,7 @@ class Head:
             products.div_(self.spec.logit_softcap).tanh_().mul_(self.spec.logit_softcap)
         return products if self.spec.temperature == 1.0 else products.div_(self.spec.temperature)
 
-    def _slope(self, logits: Tensor) -> Tensor | float:
+    def slope(self, logits: Tensor) -> Tensor | float:
         """d (capped logit) / d (product), from logits / temperature; 0 where it cannot be told from it."""
         if self.spec.logit_softcap is None:
             return 1.0

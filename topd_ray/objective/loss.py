@@ -66,12 +66,13 @@ def topd_loss(
     Raises DataError on shapes that do not fit, token ids outside of the vocabulary, log-probs that are NaN or of more
     than all the probability, weights that are negative or do not sum to a number of windows, caps under `sampled_pg`,
     and `sum` without `num_trajectories`; NonFiniteLossError if the loss is not finite, naming the argument to blame.
-    With `check_finite` off that is left to the caller: ranks that train together must find out together.
+    With `check_finite` off, NaN in the batch and the loss are left to the caller, who reads the loss: ranks that train
+    together must find out together.
     Source: L_TOPD, the paper's section 4; the cap, its down-weighting ablation.
     """
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
     check_counts(spec, {"num_tokens": num_tokens, "num_guided": num_guided, "num_trajectories": num_trajectories})
-    any_capped = check_batch(batch, spec, len(hidden_ND), num_vocabulary, median_N)
+    any_capped = check_batch(batch, spec, len(hidden_ND), num_vocabulary, median_N, allow_nan=not check_finite)
     guidance_share = 0.0
     if spec.method == "topd":
         normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
@@ -117,7 +118,7 @@ def trajectory_medians(token_loss_N: Tensor, segment_ids: Tensor) -> Tensor:
 
     Under context parallelism, gather both arguments from all ranks first, and keep the own tokens of the result.
     """
-    _, segment_N, counts = segment_ids.unique(return_inverse=True, return_counts=True)
+    _, segment_N, counts = torch.unique(segment_ids, return_inverse=True, return_counts=True)
     order_N = token_loss_N.argsort()
     order_N = order_N[segment_N[order_N].argsort(stable=True)]
     ordered_N, starts = token_loss_N[order_N], counts.cumsum(0) - counts

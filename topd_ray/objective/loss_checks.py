@@ -15,7 +15,6 @@ from topd_ray.objective.checks import (
     check_dtype,
     check_shape,
     not_a_teacher,
-    not_finite,
     not_logprobs,
     outside_vocabulary,
     raise_first,
@@ -24,6 +23,7 @@ from topd_ray.objective.loss_data import LossBatch, LossSpec
 
 # A row of the guidance's weights is a sum over up to some hundred windows, each in float32.
 WINDOW_SLACK = 1e-3
+ROUNDING = 1e-6
 
 
 def check_head(hidden_ND: Tensor, head_weight_VD: Tensor, head_bias: Tensor | None, num_vocabulary: int | None) -> int:
@@ -50,7 +50,13 @@ def check_token_ids(token_ids: Tensor, num_tokens: int, num_vocabulary: int) -> 
 
 
 def check_batch(
-    batch: LossBatch, spec: LossSpec, num_tokens: int, num_vocabulary: int, median_N: Tensor | None = None
+    batch: LossBatch,
+    spec: LossSpec,
+    num_tokens: int,
+    num_vocabulary: int,
+    median_N: Tensor | None = None,
+    *,
+    allow_nan: bool = False,
 ) -> bool:
     """Raise DataError for a batch that is not one of `num_tokens` tokens; return whether any token is capped."""
     _check_shapes(batch, num_tokens, median_N)
@@ -62,13 +68,13 @@ def check_batch(
             batch.sampled_ids,
             batch.teacher_sampled_logprobs,
             num_vocabulary,
+            allow_nan=allow_nan,
         ),
-        not_logprobs("behaviour_logprobs", batch.behaviour_logprobs),
-        not_finite("behaviour_logprobs", batch.behaviour_logprobs),
-        *_guidance_findings(batch, num_vocabulary),
+        not_logprobs("behaviour_logprobs", batch.behaviour_logprobs, allow_nan=allow_nan),
+        *_guidance_findings(batch, num_vocabulary, allow_nan),
     ]
     if median_N is not None:
-        findings.append(_not_losses("median_N", median_N))
+        findings.append(_negative("median_N", median_N, allow_nan))
     # One transfer for the answer to all of them, and to the caller's own question.
     flags = torch.stack([flag for flag, _ in findings]).any()
     is_wrong, is_capped = torch.stack([flags, any_capped]).tolist()
@@ -82,7 +88,7 @@ def check_batch(
 def _check_shapes(batch: LossBatch, num_tokens: int, median_N: Tensor | None) -> None:
     check_shape("teacher_topk_ids", batch.teacher_topk_ids, num_tokens, "K")
     num_columns = batch.teacher_topk_ids.shape[1]
-    wanted = {
+    wanted: dict[str, dict[str, tuple[int | str, ...]]] = {
         "integer": {
             "sampled_ids": (num_tokens,),
             "teacher_topk_ids": (num_tokens, num_columns),
@@ -107,7 +113,7 @@ def _check_shapes(batch: LossBatch, num_tokens: int, median_N: Tensor | None) ->
         check_shape("median_N", median_N, num_tokens)
 
 
-def _guidance_findings(batch: LossBatch, num_vocabulary: int) -> list[Finding]:
+def _guidance_findings(batch: LossBatch, num_vocabulary: int, allow_nan: bool) -> list[Finding]:
     indptr, weights_Z = batch.target_indptr, batch.target_weights
     num_targets = len(weights_Z)
     is_broken = (indptr.diff() < 0).any() | (indptr[0] != 0) | (indptr[-1] != num_targets)
@@ -124,7 +130,7 @@ def _guidance_findings(batch: LossBatch, num_vocabulary: int) -> list[Finding]:
             ),
         ),
         outside_vocabulary("target_ids", batch.target_ids, num_vocabulary),
-        _not_losses("target_weights", weights_Z),
+        _negative("target_weights", weights_Z, allow_nan),
         (
             is_odd_N.any(),
             lambda: (
@@ -132,13 +138,15 @@ def _guidance_findings(batch: LossBatch, num_vocabulary: int) -> list[Finding]:
                 "should sum to the number of windows that cover it: the targets of each are a distribution"
             ),
         ),
-        _not_losses("target_entropy", batch.target_entropy),
+        _negative("target_entropy", batch.target_entropy, allow_nan),
     ]
 
 
-def _not_losses(name: str, values: Tensor) -> Finding:
-    """NaN, infinite, or below 0 by more than rounding."""
-    is_bad = ~(values.isfinite() & (values >= -1e-6))
+def _negative(name: str, values: Tensor, allow_nan: bool) -> Finding:
+    """Below 0 by more than rounding, infinite, or NaN."""
+    is_bad = (values < -ROUNDING) | values.isinf()
+    if not allow_nan:
+        is_bad |= values.isnan()
     return is_bad.any(), lambda: f"{name} holds {float(values[is_bad][0])}, and should be finite and not negative"
 
 
