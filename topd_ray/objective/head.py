@@ -99,15 +99,14 @@ class Head:
         if chunk_tokens is not None:
             edges = [*range(0, max(num_rows, 1), chunk_tokens), num_rows]
             return [slice(start, stop) for start, stop in pairwise(edges)]
-        rest = self._tokens_per_chunk()
-        first = rest
-        if self._stores_in_weight_grad(1):  # costs no memory
-            first = max(rest, min(self.weight_VD.shape[1], MOST_TOKENS_IN_WEIGHT_GRAD))
-        first = min(first, num_rows)
-        num_more = _ceil(num_rows - first, rest)
-        # None much smaller than the others: each reads the whole weight.
-        size = _ceil(_ceil(num_rows - first, max(num_more, 1)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-        edges = [0, *(min(first + index * size, num_rows) for index in range(num_more + 1))]
+        most, first = self._tokens_per_chunk(), 0
+        free = min(num_rows, self.weight_VD.shape[1], MOST_TOKENS_IN_WEIGHT_GRAD)
+        if free > most and self._stores_in_weight_grad(free):  # a larger first chunk that costs no memory
+            first = free
+        others = max(num_rows - first, 1)
+        # None of these is much smaller than the rest: each reads the whole weight.
+        size = _ceil(_ceil(others, _ceil(others, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        edges = [*([0] if first else []), *range(first, max(num_rows, 1), size), num_rows]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
     def forward(self, rows: slice, picks: Picks) -> tuple[Tensor, Tensor, Tensor]:
