@@ -8,16 +8,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from topd_ray.errors import DataError
 from topd_ray.objective.checks import check_one_of, check_positive
-from topd_ray.objective.divergence import check_divergence
+from topd_ray.objective.divergence import DivergenceKind, check_divergence
 from topd_ray.types import Metric
 
+DIVERGENCES = (*get_args(DivergenceKind), "sampled_pg")
 METHODS = ("topd", "opd")
 REDUCTIONS = ("mean", "sum")
 KERNELS = ("auto", "torch", "triton")
@@ -51,6 +52,7 @@ class LossSpec:
         check_one_of("method", self.method, METHODS)
         check_one_of("guidance_reduction", self.guidance_reduction, REDUCTIONS)
         check_one_of("kernel", self.kernel, KERNELS)
+        check_one_of("divergence", self.divergence, DIVERGENCES)
         if self.divergence != "sampled_pg":
             check_divergence(self.divergence, self.jsd_beta)
         check_positive("temperature", self.temperature)
