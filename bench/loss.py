@@ -105,7 +105,7 @@ def _row(name: str, seconds: Mapping[str, list[float]], peer: str, goal: float, 
 
 
 def _memory_row(shape: Shape, torch_version: str) -> dict[str, Any]:
-    """Autograd's peak comes in two sizes, a whole [N, V] tensor apart, at random: the naive loss gets its smaller one."""
+    """Autograd's peak comes in two sizes at random, an [N, V] tensor apart: the naive loss gets the smaller one."""
     ours = extra_bytes(shape, "ours")
     peers = [extra_bytes(shape, "naive") for _ in range(MEMORY_REPEATS)]
     return {

@@ -25,6 +25,7 @@ class Case:
         self.teacher = (1.5 * torch.randn(N, V, generator=generator, dtype=torch.float64)).log_softmax(1)
         self.sampled = torch.randint(0, V, (N,), generator=generator)
         self.behaviour = -3.0 + 0.5 * torch.randn(N, generator=generator, dtype=torch.float64)
+        self.bias: Tensor | None = None
         self.windows = [self._windows(seed, length) for length in SEGMENTS]
         """of each trajectory: (position, soft targets of that position and those after it, [S, V])"""
 
@@ -64,7 +65,7 @@ class Case:
         )
 
     def student(self, spec: LossSpec = SPEC) -> Tensor:
-        logits = self.hidden.double() @ self.head.double().T
+        logits = self.hidden.double() @ self.head.double().T + (0.0 if self.bias is None else self.bias.double())
         if spec.logit_softcap is not None:
             logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
         return (logits / spec.temperature).log_softmax(1)
@@ -88,7 +89,8 @@ class Case:
         return token_loss.sum() / N + (spec.guidance_weight * guidance / count if spec.method == "topd" else 0.0)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, (self.hidden, self.head))
+        leaves = [self.hidden, self.head, *([] if self.bias is None else [self.bias])]
+        return torch.autograd.grad(loss, leaves)
 
 
 def full_divergence(student: Tensor, teacher: Tensor, spec: LossSpec) -> Tensor:
@@ -102,7 +104,7 @@ def full_divergence(student: Tensor, teacher: Tensor, spec: LossSpec) -> Tensor:
 
 
 def ours(case: Case, batch: LossBatch, spec: LossSpec = SPEC, **arguments: Any) -> Tensor:
-    return topd_loss(case.hidden, case.head, batch, spec, **COUNTS, **arguments)[0]
+    return topd_loss(case.hidden, case.head, batch, spec, **{**COUNTS, "head_bias": case.bias, **arguments})[0]
 
 
 def figures(case: Case, batch: LossBatch, spec: LossSpec = SPEC) -> dict[str, float]:

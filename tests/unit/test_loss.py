@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, N, V, figures, full_divergence, ours
+from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, D, N, V, figures, full_divergence, ours
 from topd_ray.objective import cap_mask, student_logprobs, topd_loss
 from topd_ray.objective.head import BLOCK_ELEMENTS
 
@@ -34,15 +34,30 @@ def test_whole_vocabulary_is_the_naive_loss(divergence: str, changes: dict[str, 
 
 
 @ALL_DIVERGENCES
+@pytest.mark.parametrize("chunk_tokens", [4, 17, None])
+def test_everything_at_once_is_the_naive_loss(divergence: str, chunk_tokens: int | None) -> None:
+    """Guidance, caps, softcap, temperature and a bias."""
+    case = Case(2)
+    case.bias = torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_()
+    capped = torch.arange(N) % 2 == 1
+    changes = {"divergence": divergence, "jsd_beta": 0.7, "logit_softcap": 2.5, "chunk_tokens": chunk_tokens}
+    spec = replace(SPEC, temperature=0.7, guidance_weight=0.9, **changes)  # type: ignore[arg-type]
+    actual, expected = ours(case, case.batch(capped=capped), spec), case.naive(spec, capped)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(case.gradients(actual), case.gradients(expected), atol=1e-11, rtol=1e-11)
+
+
+@ALL_DIVERGENCES
 def test_gradient_against_finite_differences(divergence: str) -> None:
     case = Case(1)
     batch = case.batch(4)
-    spec = replace(SPEC, divergence=divergence)  # type: ignore[arg-type]
+    bias = torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_()
+    spec = replace(SPEC, divergence=divergence, logit_softcap=3.0)  # type: ignore[arg-type]
 
-    def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return topd_loss(hidden, head, batch, spec, num_tokens=N, num_guided=NUM_GUIDED)[0]
+    def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
+        return topd_loss(hidden, head, batch, spec, num_tokens=N, num_guided=NUM_GUIDED, head_bias=bias)[0]
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.head), fast_mode=True)
+    assert torch.autograd.gradcheck(loss, (case.hidden, case.head, bias), fast_mode=True)
 
 
 def test_policy_gradient_is_the_frozen_surrogate() -> None:
@@ -252,8 +267,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_logits_exist_for_one_chunk_only() -> None:
-    case = Case(21)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_logits_exist_for_one_chunk_only(dtype: torch.dtype) -> None:
+    case = Case(21, dtype)
     batch, spec = case.batch(3), replace(SPEC, chunk_tokens=12)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
@@ -264,3 +280,14 @@ def test_logits_exist_for_one_chunk_only() -> None:
     assert largest.numel == 12 * V
     assert case.hidden.grad is not None
     torch.testing.assert_close(case.hidden.grad, case.gradients(loss)[0])
+
+
+def test_few_tokens_need_no_room_for_logits() -> None:
+    """They are stored where the weight's gradient will be."""
+    case = Case(22)
+    case.hidden = case.hidden.detach()[:D].requires_grad_()
+    batch, spec = case.batch(3).rows(0, D), replace(SPEC, chunk_tokens=D)
+    with LargestTensor() as largest:
+        loss, _ = topd_loss(case.hidden, case.head, batch, spec, num_tokens=D, num_guided=NUM_GUIDED)
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert largest.numel == V * D
