@@ -23,6 +23,7 @@ from topd_ray.objective import (
     token_losses,
     topd_loss,
     topk_divergence,
+    trajectory_medians,
 )
 
 ID_RANGE = rf"and should hold 0\.\.{V - 1}, the vocabulary's"
@@ -306,6 +307,7 @@ ROW = torch.full((2,), -1.0)
             r"token_ids has shape \[1\], .* \[2\]",
         ),
         (lambda: student_logprobs(LOGITS, LOGITS, torch.zeros(2).long(), temperature=0.0), "temperature is 0.0"),
+        (lambda: trajectory_medians(ROW, IDS[0, :1]), r"segment_ids has shape \[1\], and should have \[2\]"),
     ],
 )
 def test_divergences_refuse(call: Callable[[], Tensor], message: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.loss_case import COUNTS, SPEC, Case, D, N, V, ours
+from tests.loss_case import COUNTS, NUM_GUIDED, SPEC, Case, D, N, V, ours
 from topd_ray.objective import LossBatch, LossSpec, student_logprobs, token_losses, topd_loss, trajectory_medians
 from topd_ray.objective.head import BLOCK_ELEMENTS, Head
 
@@ -263,6 +263,34 @@ def test_the_same_bits_every_time(dtype: torch.dtype) -> None:
 
     for found, expected in zip(results(), results(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nothing_is_read_before_it_is_written(dtype: torch.dtype) -> None:
+    """PyTorch's deterministic mode fills new memory with NaN."""
+    case = Case(42, dtype)
+    batch, spec = case.batch(5, torch.arange(N) % 2 == 0), replace(SPEC, logit_softcap=3.0)
+    expected = ours(case, batch, spec)
+    gradients = case.gradients(expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = ours(case, batch, spec)
+        found = case.gradients(loss)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+
+
+def test_a_count_of_zero_makes_its_part_zero() -> None:
+    case = Case(43)
+    batch = case.batch(5)
+    whole, no_tokens, no_guided = (
+        topd_loss(case.hidden, case.head, batch, SPEC, num_tokens=num_tokens, num_guided=num_guided)[0]
+        for num_tokens, num_guided in ((N, NUM_GUIDED), (0, NUM_GUIDED), (N, 0))
+    )
+    torch.testing.assert_close(no_tokens + no_guided, whole, **EXACT)
+    torch.testing.assert_close(no_guided, ours(case, batch, replace(SPEC, method="opd")), **EXACT)
 
 
 def test_a_loss_that_is_scaled_scales_its_gradients() -> None:

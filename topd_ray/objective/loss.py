@@ -10,6 +10,7 @@ Log-probabilities in nats, at the rollout's temperature.
 import torch
 from torch import Tensor
 
+from topd_ray.objective.checks import check_shape
 from topd_ray.objective.fused import FIGURES, FusedLoss, all_chunks
 from topd_ray.objective.head import Head, Picks
 from topd_ray.objective.loss_checks import (
@@ -73,17 +74,17 @@ def topd_loss(
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
     check_counts(spec, {"num_tokens": num_tokens, "num_guided": num_guided, "num_trajectories": num_trajectories})
     any_capped = check_batch(batch, spec, len(hidden_ND), num_vocabulary, median_N, allow_nan=not check_finite)
-    guidance_share = 0.0
-    if spec.method == "topd":
-        normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
-        guidance_share = spec.guidance_weight / (normaliser or 1.0)
+    token_share, guidance_share = 1.0 / num_tokens if num_tokens else 0.0, 0.0
+    normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
+    if spec.method == "topd" and normaliser:
+        guidance_share = spec.guidance_weight / normaliser
     if any_capped and median_N is None:
         head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
         median_N = trajectory_medians(_token_losses(head, batch), batch.segment_ids)
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients for nobody
         hidden_ND, head_weight_VD = hidden_ND.detach(), head_weight_VD.detach()
         head_bias = None if head_bias is None else head_bias.detach()
-    shares = (1.0 / max(num_tokens, 1.0), guidance_share)
+    shares = (token_share, guidance_share)
     loss, token_loss_N, guidance_N, figures_NF = FusedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_ND, head_weight_VD, head_bias, batch, spec, num_vocabulary, median_N if any_capped else None, shares
     )
@@ -116,8 +117,11 @@ def token_losses(
 def trajectory_medians(token_loss_N: Tensor, segment_ids: Tensor) -> Tensor:
     """The median of the losses of each token's own segment, [N]; that of an even number is the mean of the middle two.
 
-    Under context parallelism, gather both arguments from all ranks first, and keep the own tokens of the result.
+    Under context parallelism, gather both arguments from all ranks first, and keep the own tokens of the result. Raises
+    DataError on shapes that do not fit.
     """
+    check_shape("token_loss_N", token_loss_N, "N")
+    check_shape("segment_ids", segment_ids, len(token_loss_N))
     _, segment_N, counts = torch.unique(segment_ids, return_inverse=True, return_counts=True)
     order_N = token_loss_N.argsort()
     order_N = order_N[segment_N[order_N].argsort(stable=True)]
