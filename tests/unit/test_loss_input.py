@@ -159,6 +159,16 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
         topd_loss(**{**arguments, **changes})
 
 
+def test_float16_is_too_narrow_for_gradients_of_logits() -> None:
+    case = Case(60, torch.float16)
+    with pytest.raises(DataError, match=r"torch\.float16, and should be of bfloat16 or float32"):
+        ours(case, case.batch(3))
+    assert bool(student_logprobs(case.hidden, case.head, case.sampled).isfinite().all())
+    case = Case(60, torch.float32)
+    with torch.autocast("cpu", torch.float16), pytest.raises(DataError, match=r"torch\.float16, and should be"):
+        ours(case, case.batch(3))
+
+
 def test_caps_need_a_token_loss() -> None:
     case = Case(53)
     batch = case.batch(3, torch.ones(N, dtype=torch.bool))

@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from topd_ray.errors import DataError
 from topd_ray.objective.loss_data import LossSpec
 
 # Elements of a block: 2 MB of float32 stay in a processor's cache, and 32 MB in a GPU's.
@@ -47,7 +48,7 @@ class Head:
     """Output layer of one micro-batch, and the gradients of its inputs; call `forward`, then `backward`, per chunk.
 
     The product runs in the autocast dtype, or else that of the hidden states, the rest in float32 (float64 for
-    float64). Rows from `num_vocabulary` on take no part.
+    float64). Rows from `num_vocabulary` on take no part. Raises DataError for gradients in float16.
     """
 
     def __init__(
@@ -64,6 +65,11 @@ class Head:
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):
             product_dtype = torch.get_autocast_dtype(device)
+        if product_dtype == torch.float16 and any(needs_grad):
+            raise DataError(
+                "hidden_ND (or autocast) is of torch.float16, and should be of bfloat16 or float32: gradients are made "
+                "before a loss could be scaled up, and those of most logits are too small for float16"
+            )
         self.dtype = torch.promote_types(product_dtype, torch.float32)
         self.spec = spec
         self.num_vocabulary = num_vocabulary

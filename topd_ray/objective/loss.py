@@ -56,8 +56,8 @@ def topd_loss(
     The three counts are those of the whole batch, over all micro-batches and ranks, so that the losses of the
     micro-batches add up to the batch loss; a count of 0 makes its part 0.
 
-    `hidden_ND` and `head_weight_VD` may be of any float dtype: the product runs in it (under autocast, in its dtype),
-    the rest in float32 (or float64 for float64). Rows of the head from `num_vocabulary` on pad it: they get no
+    `hidden_ND` and `head_weight_VD` may be of any float dtype but float16: the product runs in it (under autocast, in
+    its dtype), the rest in float32 (float64 for float64). Rows of the head from `num_vocabulary` on pad it: they get no
     probability, and no gradient. N = 0 gives a zero that is connected to the graph.
 
     A batch may hold a part of a trajectory (context parallelism): the losses of the parts add up. Only caps need the
