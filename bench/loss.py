@@ -30,7 +30,7 @@ from bench.loss_problem import SPEC, Problem, Shape, naive
 from topd_ray.objective import LossSpec
 
 SHAPES = {"": Shape(2048, 32768, 512), "_large_vocabulary": Shape(512, 151936, 512)}
-REPEATS, LIGER_REPEATS, MEMORY_REPEATS = 7, 3, 3
+REPEATS, LIGER_REPEATS, MEMORY_REPEATS = 5, 3, 3
 LIGER_CHUNKS = (256, 1024)
 THREADS = 2
 

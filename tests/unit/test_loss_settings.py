@@ -310,7 +310,7 @@ def test_no_gradient_is_made_for_nobody() -> None:
 
 
 def test_a_chunk_follows_from_the_memory_it_may_take() -> None:
-    """Not more than 48 MiB on a CPU, but for the first, which is stored in the weight's gradient; no odd rests."""
+    """48 MiB on a CPU or an eighth of the tokens, but for the first, which is stored in the weight's gradient."""
 
     def sizes(num_tokens: int, vocabulary: int, width: int, needs_grad: bool) -> list[int]:
         hidden, weight = torch.empty(num_tokens, width), torch.empty(vocabulary, width)
@@ -322,5 +322,7 @@ def test_a_chunk_follows_from_the_memory_it_may_take() -> None:
     assert sizes(2000, 32768, 600, needs_grad=True) == [600, 352, 352, 352, 344]
     assert sizes(2000, 32768, 64, needs_grad=True) == [336, 336, 336, 336, 336, 320]
     assert sizes(500, 32768, 600, needs_grad=True) == [500]
+    assert sizes(2000, 250_000, 8, needs_grad=True) == [224] * 8 + [208]
+    assert sizes(20_000, 250_000, 2, needs_grad=True) == [1008] * 19 + [848]
     assert sizes(5, 100, 8, needs_grad=True) == [5]
     assert sizes(0, 100, 8, needs_grad=True) == [0]

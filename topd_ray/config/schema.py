@@ -239,8 +239,8 @@ class LearnerConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     logits_chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits exist at once while the loss is computed; unset, as many as fit a fixed memory: 48 MiB of
-    float32 on CPUs, 512 MiB on GPUs."""
+    """Tokens whose logits exist at once while the loss is computed; unset, an eighth of a micro-batch's, at most 1,024,
+    or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more."""
     loss_kernel: Literal["auto", "torch", "triton"] = "auto"
     """What reads and writes these logits on a GPU: Triton kernels if Triton is installed (auto), or torch alone."""
 

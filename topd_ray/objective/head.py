@@ -25,11 +25,13 @@ from topd_ray.objective.loss_data import LossSpec
 # Elements of a block: 2 MB of float32 stay in a processor's cache, and 32 MB in a GPU's.
 BLOCK_ELEMENTS = {"cpu": 2**19}
 GPU_BLOCK_ELEMENTS = 2**23
-# Bytes that the logits of a chunk take in float32. More of it reads the weight less often.
+# Larger chunks read the weight less often. An eighth of the tokens takes a sixteenth of the memory of a loss over all
+# logits; where that is less than so many bytes, a chunk takes these; above so many tokens nothing is gained.
+CHUNK_SHARE = 8
 CHUNK_BYTES = {"cpu": 48 * 2**20}
 GPU_CHUNK_BYTES = 512 * 2**20
 CHUNK_MULTIPLE = 16
-MOST_TOKENS_IN_WEIGHT_GRAD = 1024
+MOST_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,7 @@ class Head:
             edges = [*range(0, max(num_rows, 1), chunk_tokens), num_rows]
             return [slice(start, stop) for start, stop in pairwise(edges)]
         most, first = self._tokens_per_chunk(), 0
-        free = min(num_rows, self.weight_VD.shape[1], MOST_TOKENS_IN_WEIGHT_GRAD)
+        free = min(num_rows, self.weight_VD.shape[1], MOST_CHUNK_TOKENS)
         if free > most and self._stores_in_weight_grad(free):  # a larger first chunk that costs no memory
             first = free
         others = max(num_rows - first, 1)
@@ -191,7 +193,8 @@ class Head:
 
     def _tokens_per_chunk(self) -> int:
         num_bytes = CHUNK_BYTES.get(self.hidden_ND.device.type, GPU_CHUNK_BYTES)
-        num_tokens = num_bytes // (self.num_vocabulary * self.dtype.itemsize)
+        at_least = num_bytes // (self.num_vocabulary * self.dtype.itemsize)
+        num_tokens = max(at_least, min(len(self.hidden_ND) // CHUNK_SHARE, MOST_CHUNK_TOKENS))
         return max(num_tokens // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
 
     def _blocks(self, num_tokens: int) -> list[slice]:

@@ -44,7 +44,7 @@ class LossSpec:
     logit_softcap: float | None = None
     """cap in cap * tanh(logit / cap), applied before the temperature (Gemma 2)"""
     chunk_tokens: int | None = None
-    """tokens whose logits exist at once; unset, as many as a fixed number of bytes holds"""
+    """tokens whose logits exist at once; unset, an eighth of all, or what some bytes hold if that is more (`head`)"""
     kernel: Literal["auto", "torch", "triton"] = "auto"
     """auto: Triton where tensors are on a GPU and it is installed, else torch"""
 
