@@ -1,171 +1,174 @@
-"""The fused TOPD loss against the naive one, eager and under torch.compile: time and memory, forward and backward.
+"""The fused TOPD loss against the naive one (eager and under torch.compile) and Liger's fused JSD, on the CPU.
 
-    python -m bench.loss [--tokens N] [--vocabulary V] [--width D] [--top-k K] [--repeats R] [--threads T]
+    python -m bench.loss
 
-The naive loss makes all logits in float32, takes log-softmax, gathers the support, and leaves the rest to autograd; its
-divergence and guidance are the same functions of the same numbers. The floor is three products (logits, and their
-gradient back into hidden states and weight): 6 N V D operations, timed here as three bare matmuls of these shapes.
-Peak memory is what a fresh child process's resident set gains while the loss runs (GPU: allocator peak), the
-gradients that must be returned excepted.
+Forward and backward on the same tensors, the sides in turns in one process, ratios of neighbours. The naive loss makes
+all logits in float32, takes log-softmax, gathers the same support, and leaves the rest to autograd; its divergence and
+guidance are the same functions of the same numbers. Liger computes the reverse KL (its beta = 1) over the whole
+vocabulary; its teacher is a head of width 8, so that the teacher's product costs it next to nothing (8/512 of one), and
+our teacher comes as top-64 log-probs. It is given the faster of two chunk sizes.
+
+The floor is three products (logits, and their gradient back into hidden states and weight), 6 N V D operations, timed
+as three bare matmuls. Peak memory is what a fresh child process's resident set gains while the loss runs, beyond the
+gradients that must be returned. All of it takes about two and a half minutes on two cores.
 """
 
-import argparse
 import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from bench.report import save
-from topd_ray.objective import LossBatch, LossSpec, Support, divergence, topd_loss
+from bench.loss_problem import SPEC, Problem, Shape, naive
+from topd_ray.objective import LossSpec
 
-SIDES = ("ours", "ours_opd", "naive", "compiled")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--chunk-tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--name", default="loss")
-    return parser.parse_args()
+SHAPES = {"": Shape(2048, 32768, 512), "_large_vocabulary": Shape(512, 151936, 512)}
+REPEATS, LIGER_REPEATS, MEMORY_REPEATS = 5, 3, 3
+LIGER_CHUNKS = (256, 1024)
+THREADS = 2
 
 
-class Problem:
-    """Inputs of one loss: random hidden states and head, a random teacher, guidance at every tenth token."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        torch.manual_seed(0)
-        num, vocabulary, width, top_k = arguments.tokens, arguments.vocabulary, arguments.width, arguments.top_k
-        self.num_tokens = num
-        self.hidden = torch.randn(num, width, device=self.device).to(dtype).requires_grad_()
-        self.head = (torch.randn(vocabulary, width, device=self.device) * width**-0.5).to(dtype).requires_grad_()
-        ids = torch.stack([torch.randperm(vocabulary, device=self.device)[:top_k] for _ in range(num)])
-        logprobs = torch.randn(num, top_k, device=self.device).log_softmax(1) - 0.1
-        guided = torch.zeros(num, dtype=torch.long, device=self.device)
-        guided[::10] = 2
-        num_guided = int(guided.sum())
-        self.num_guided = num_guided / 2
-        self.batch = LossBatch(
-            sampled_ids=ids[:, 0],
-            teacher_topk_ids=ids,
-            teacher_topk_logprobs=logprobs,
-            teacher_sampled_logprobs=logprobs[:, 0],
-            behaviour_logprobs=logprobs[:, 0],
-            capped=torch.zeros(num, dtype=torch.bool, device=self.device),
-            segment_ids=torch.zeros(num, dtype=torch.long, device=self.device),
-            target_indptr=torch.cat([guided.new_zeros(1), guided.cumsum(0)]),
-            target_ids=torch.randint(0, vocabulary, (num_guided,), device=self.device),
-            target_weights=torch.full((num_guided,), 0.5, device=self.device),
-            target_entropy=torch.zeros(num, device=self.device),
-        )
-        self.chunk_tokens = arguments.chunk_tokens
-
-    def ours(self, method: Any = "topd") -> Tensor:
-        spec = LossSpec(method=method, chunk_tokens=self.chunk_tokens)
-        counts = {"num_tokens": self.num_tokens, "num_guided": self.num_guided}
-        return topd_loss(self.hidden, self.head, self.batch, spec, **counts)[0]
-
-    def naive(self) -> Tensor:
-        return naive(self.hidden, self.head, self.batch, self.num_tokens, self.num_guided)
-
-    def step(self, loss: Callable[[], Tensor]) -> float:
-        """Loss and gradients; the loss's value."""
-        self.hidden.grad = self.head.grad = None
-        value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return value.item()
+def measure() -> list[dict[str, Any]]:
+    """One row per comparison and shape, ratio = ours / peer: median of the paired ratios, [smallest, largest]."""
+    liger = liger_loss()
+    torch.set_num_threads(THREADS)
+    rows = []
+    for suffix, shape in SHAPES.items():
+        rows += [{**row, "name": row["name"] + suffix} for row in _measure_shape(shape, liger)]
+    return rows
 
 
-def naive(hidden: Tensor, head: Tensor, batch: LossBatch, num_tokens: float, num_guided: float) -> Tensor:
-    """The TOPD loss (reverse, temperature 1, lambda 0.3) over all logits at once."""
-    support = Support.build(
-        batch.teacher_topk_ids, batch.teacher_topk_logprobs, batch.sampled_ids, batch.teacher_sampled_logprobs
-    )
-    logp_NV = linear(hidden, head).float().log_softmax(1)
-    picked_NC = logp_NV.gather(1, support.ids)
-    inside_N = picked_NC.exp().masked_fill(~support.mask[:, :-1], 0.0).sum(1)
-    tail_N = (1.0 - inside_N).clamp(min=1e-6).log()
-    student_NC = torch.cat([picked_NC, tail_N.unsqueeze(1)], dim=1).masked_fill(~support.mask, 0.0)
-    loss = divergence(student_NC, support.teacher_logp, support.mask, "reverse").sum() / num_tokens
-    rows_Z = torch.repeat_interleave(batch.target_indptr.diff(), output_size=batch.target_ids.shape[0])
-    guidance = -(batch.target_weights * logp_NV[rows_Z, batch.target_ids]).sum() - batch.target_entropy.sum()
-    return loss + 0.3 * guidance / num_guided
+def liger_loss() -> Any:
+    """Liger's loss class. Raises RuntimeError where it is not installed."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ImportError as error:
+        raise RuntimeError(f"liger-kernel is missing ({error}): `make bench` installs it, in .venv-bench") from error
+    return LigerFusedLinearJSDLoss
 
 
-def sides(problem: Problem) -> dict[str, Callable[[], Tensor]]:
-    compiled = torch.compile(naive)
+def _measure_shape(shape: Shape, liger: Any) -> list[dict[str, Any]]:
+    problem = Problem(shape)
+    compiled = torch.compile(naive, dynamic=False)
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: problem.step(problem.ours()),
+        "opd": lambda: problem.step(problem.ours(LossSpec(method="opd"))),
+        "compiled": lambda: problem.step(compiled(problem.hidden, problem.head, problem.batch, **problem.counts)),
+        "floor": problem.floor,
+    }
+    values = {name: side() for name, side in sides.items()}  # also warms up and compiles
+    if abs(values["ours"] - values["compiled"]) > 1e-4 * abs(values["compiled"]):
+        raise RuntimeError(f"the sides disagree on the loss: {values}")
+    seconds = in_turns(sides, REPEATS)
+    against_liger = in_turns({"ours": sides["ours"], "liger": _fastest_liger(problem, liger)}, LIGER_REPEATS)
+    floor = statistics.median(seconds["floor"])
+    torch_version = f"torch {torch.__version__}"
+    return [
+        _memory_row(shape, torch_version),
+        {**_row("loss_time_vs_liger", against_liger, "liger", 0.8, f"liger-kernel {version('liger-kernel')}")},
+        {**_row("loss_time_vs_compiled_naive", seconds, "compiled", 1.0, torch_version), "floor": floor},
+        {**_row("guidance_overhead", seconds, "opd", 1.03, "topd_ray, method opd")},
+    ]
+
+
+def in_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side, one after the other, again and again; every other time in the opposite order."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        for name in list(sides)[:: 1 if repeat % 2 else -1]:
+            started = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _row(name: str, seconds: Mapping[str, list[float]], peer: str, goal: float, peer_version: str) -> dict[str, Any]:
+    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds[peer], strict=True)]
     return {
-        "ours": problem.ours,
-        "ours_opd": lambda: problem.ours("opd"),
-        "naive": problem.naive,
-        "compiled": lambda: compiled(
-            problem.hidden, problem.head, problem.batch, problem.num_tokens, problem.num_guided
-        ),
+        "name": name,
+        "ours": round(statistics.median(seconds["ours"]), 4),
+        "peer": round(statistics.median(seconds[peer]), 4),
+        "peer_version": peer_version,
+        "unit": "s",
+        "ratio": round(statistics.median(ratios), 4),
+        "goal": goal,
+        "repeats": len(ratios),
+        "spread": [round(min(ratios), 4), round(max(ratios), 4)],
     }
 
 
-def floor(problem: Problem) -> None:
-    """The three products no loss can do without."""
-    with torch.no_grad():
-        logits = problem.hidden @ problem.head.T
-        _ = logits @ problem.head, logits.T @ problem.hidden
-    if problem.device.type == "cuda":
-        torch.cuda.synchronize()
+def _memory_row(shape: Shape, torch_version: str) -> dict[str, Any]:
+    """Autograd's peak comes in two sizes at random, an [N, V] tensor apart: the naive loss gets the smaller one."""
+    ours = extra_bytes(shape, "ours")
+    peers = [extra_bytes(shape, "naive") for _ in range(MEMORY_REPEATS)]
+    return {
+        "name": "loss_memory_vs_naive",
+        "ours": round(ours / 1e6, 1),
+        "peer": round(min(peers) / 1e6, 1),
+        "peer_version": torch_version,
+        "unit": "MB",
+        "ratio": round(ours / min(peers), 4),
+        "goal": 0.1,
+        "repeats": len(peers),
+        "spread": [round(ours / max(peers), 4), round(ours / min(peers), 4)],
+    }
 
 
-def extra_bytes(arguments: argparse.Namespace, side: str) -> int:
+def _fastest_liger(problem: Problem, liger: Any) -> Callable[[], float]:
+    """Its step with the faster chunk size."""
+    num_tokens, vocabulary = problem.shape.tokens, problem.shape.vocabulary
+    teacher_hidden, teacher_head = torch.randn(num_tokens, 8), torch.randn(vocabulary, 8)
+    labels = torch.zeros(num_tokens, dtype=torch.long)  # none is to be ignored
+
+    def step(module: Any) -> float:
+        loss: Tensor = module(problem.hidden, problem.head, teacher_hidden, teacher_head, labels)
+        return problem.step(loss)
+
+    found: dict[int, Callable[[], float]] = {}
+    for chunk in LIGER_CHUNKS:
+        module = liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=False, chunk_size=chunk)
+        found[chunk] = lambda module=module: step(module)  # type: ignore[misc]
+    seconds = in_turns(found, 1)  # type: ignore[arg-type]
+    return found[min(found, key=lambda chunk: seconds[chunk][0])]  # type: ignore[index]
+
+
+def extra_bytes(shape: Shape, side: str) -> int:
     """Peak memory of one step beyond inputs and returned gradients, in a process of its own."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(arguments, side, sender))
+    process = context.Process(target=_measure_memory, args=(shape, side, sender))
     process.start()
+    sender.close()  # so that a child that dies ends the wait
     found = int(receiver.recv())
     process.join()
     return found
 
 
-def _measure(arguments: argparse.Namespace, side: str, sender: Connection) -> None:
-    torch.set_num_threads(arguments.threads)
-    problem = Problem(arguments)
-    loss = sides(problem)[side]
-    returned = problem.hidden.nbytes + problem.head.nbytes
-    if problem.device.type == "cuda":
-        problem.step(loss)
-        problem.hidden.grad = problem.head.grad = None
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        problem.step(loss)
-        sender.send(torch.cuda.max_memory_allocated() - before - returned)
-        return
-    small = argparse.Namespace(**{**vars(arguments), "tokens": 64})  # load libraries and, at its own shape, compile
-    warm = Problem(small)
-    warm.step(sides(warm)[side])
+def _measure_memory(shape: Shape, side: str, sender: Connection) -> None:
+    torch.set_num_threads(THREADS)
+
+    def loss(problem: Problem) -> Tensor:
+        if side == "ours":
+            return problem.ours(SPEC)
+        return naive(problem.hidden, problem.head, problem.batch, **problem.counts)
+
+    warm = Problem(Shape(64, shape.vocabulary, shape.width))  # load libraries
+    warm.step(loss(warm))
     del warm
-    if side == "compiled":
-        problem.step(loss)
-        problem.hidden.grad = problem.head.grad = None
+    problem = Problem(shape)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that are free already must not be used again unseen
     reset_peak()
     before = resident("VmRSS")
-    problem.step(loss)
-    sender.send(resident("VmHWM") - before - returned)
+    problem.step(loss(problem))
+    sender.send(resident("VmHWM") - before - problem.hidden.nbytes - problem.head.nbytes)
 
 
 def reset_peak() -> None:
@@ -179,40 +182,6 @@ def resident(field: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    problem = Problem(arguments)
-    steps: dict[str, Callable[[], Any]] = {
-        name: (lambda loss=loss: problem.step(loss))  # type: ignore[misc]
-        for name, loss in sides(problem).items()
-    }
-    values = {name: step() for name, step in steps.items()}  # also warms up and compiles
-    steps["floor"] = lambda: floor(problem)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.repeats):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    memory = {name: extra_bytes(arguments, name) for name in SIDES}
-    save(
-        arguments.name,
-        {
-            "values": values,
-            "seconds": {name: round(statistics.median(found), 4) for name, found in seconds.items()},
-            "seconds_spread": {name: [round(min(found), 4), round(max(found), 4)] for name, found in seconds.items()},
-            "ours_over": {
-                name: round(statistics.median(a / b for a, b in zip(seconds["ours"], found, strict=True)), 3)
-                for name, found in seconds.items()
-            },
-            "extra_megabytes": {name: round(found / 1e6, 1) for name, found in memory.items()},
-            "memory_over_naive": round(memory["ours"] / memory["naive"], 3),
-            "floor_operations": 6 * arguments.tokens * arguments.vocabulary * arguments.width,
-            "arguments": vars(arguments),
-        },
-    )
-
-
 if __name__ == "__main__":
-    main()
+    for one in measure():
+        print(one)

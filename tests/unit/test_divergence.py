@@ -9,14 +9,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topd_ray.errors import DataError
-from topd_ray.objective import Support, divergence, sampled_policy_gradient
+from topd_ray.objective import (
+    Support,
+    divergence,
+    full_divergence,
+    sampled_divergence,
+    sampled_policy_gradient,
+    topk_divergence,
+)
 from topd_ray.objective.divergence import MIN_LOGPROB, DivergenceKind
 
 KINDS = get_args(DivergenceKind)
 BETA = 0.3
 
 
-def full_divergence(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
+def enumerated(student_NV: Tensor, teacher_NV: Tensor, kind: str) -> Tensor:
     def kl(left: Tensor, right: Tensor) -> Tensor:
         return (left.exp() * (left - right)).sum(1)
 
@@ -52,7 +59,7 @@ def test_whole_vocabulary_gives_the_full_divergence_and_its_gradient(kind: str, 
     teacher = teacher.log_softmax(1)
     sampled = torch.arange(8)
     reference = student.clone().requires_grad_()
-    expected = full_divergence(reference.log_softmax(1), teacher, kind)
+    expected = enumerated(reference.log_softmax(1), teacher, kind)
     expected.sum().backward()
     ours = student.to(dtype).requires_grad_()
     actual = coarse(ours, build(teacher.to(dtype), sampled, 12), kind)
@@ -71,7 +78,7 @@ def test_whole_vocabulary_gives_the_full_divergence_and_its_gradient(kind: str, 
     st.floats(0.0, 12.0),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_never_negative_and_never_above_the_full_divergence(
+def test_never_negative_and_never_above_the_enumerated(
     seed: int, top_k: int, kind: str, scale: float, dtype: torch.dtype
 ) -> None:
     student, teacher = logits_pair(seed, 6, 15, scale, torch.float64)
@@ -81,7 +88,7 @@ def test_never_negative_and_never_above_the_full_divergence(
     support = build(teacher.to(dtype), sampled, top_k)
     actual = coarse(ours, support, kind)
     actual.sum().backward()
-    full = full_divergence(student.log_softmax(1), teacher, kind)
+    full = enumerated(student.log_softmax(1), teacher, kind)
     # 1 - sum knows the teacher's tail q to a few roundings of 1, which moves the divergence by at most roundings / q.
     slack = 4 * torch.finfo(dtype).eps * (1 / support.teacher_logp[:, -1].exp() + 10 * full)
     assert bool((actual >= 0.0).all())
@@ -103,7 +110,7 @@ def test_coarse_graining_by_enumeration(kind: str, top_k: int) -> None:
             torch.cat([logp[row, kept], logp[row, [v for v in range(9) if v not in kept]].logsumexp(0, keepdim=True)])
             for logp in (student, teacher)
         ]
-        expected = full_divergence(lumped[0][None], lumped[1][None], kind)
+        expected = enumerated(lumped[0][None], lumped[1][None], kind)
         torch.testing.assert_close(actual[row : row + 1], expected, atol=1e-12, rtol=1e-12)
 
 
@@ -113,7 +120,7 @@ def test_more_teacher_tokens_never_give_less(kind: str) -> None:
     teacher = teacher.log_softmax(1)
     values = torch.stack([coarse(student, build(teacher, torch.arange(8), top_k), kind) for top_k in range(13)])
     assert bool((values.diff(dim=0) >= -1e-12).all())
-    torch.testing.assert_close(values[-1], full_divergence(student.log_softmax(1), teacher, kind))
+    torch.testing.assert_close(values[-1], enumerated(student.log_softmax(1), teacher, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +162,7 @@ def test_a_tail_below_float_resolution_still_teaches(kind: str) -> None:
     reference = logits.double().requires_grad_()
     lumped = reference.log_softmax(1)
     lumped = torch.stack([lumped[:, 0], lumped[:, 1:].logsumexp(1)], dim=1)
-    expected = full_divergence(lumped, torch.full((1, 2), 0.5, dtype=torch.float64).log(), kind)
+    expected = enumerated(lumped, torch.full((1, 2), 0.5, dtype=torch.float64).log(), kind)
     expected.sum().backward()
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
     assert ours.grad is not None and reference.grad is not None
@@ -203,7 +210,7 @@ def test_masked_columns_may_hold_anything(kind: str) -> None:
     mask = torch.tensor([[True, False, True]])
     value = divergence(student, teacher, mask, kind, BETA)  # type: ignore[arg-type]
     value.sum().backward()
-    expected = full_divergence(student.detach()[:, [0, 2]], teacher[:, [0, 2]], kind)
+    expected = enumerated(student.detach()[:, [0, 2]], teacher[:, [0, 2]], kind)
     torch.testing.assert_close(value.detach(), expected)
     assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad[0, 1]) == 0.0
 
@@ -250,7 +257,7 @@ def test_nan_in_is_nan_out() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    with pytest.raises(DataError, match="equal shape"):
+    with pytest.raises(DataError, match=r"topk_logprobs has shape \[2, 2\], and should have \[2, 3\]"):
         Support.build(torch.zeros(2, 3).long(), torch.zeros(2, 2), torch.zeros(2).long(), torch.zeros(2))
 
 
@@ -259,7 +266,7 @@ def test_policy_gradient_in_expectation_is_the_gradient_of_the_reverse_kl() -> N
     teacher = teacher.log_softmax(1)[0]
     behaviour = (student[0] + 0.3 * torch.arange(7).double().sin()).log_softmax(0)
     reference = student[0].clone().requires_grad_()
-    full_divergence(reference.log_softmax(0)[None], teacher[None], "reverse").sum().backward()
+    enumerated(reference.log_softmax(0)[None], teacher[None], "reverse").sum().backward()
     ours = student[0].clone().requires_grad_()
     losses = sampled_policy_gradient(ours.log_softmax(0), teacher, behaviour, importance_clip=1e9)
     (behaviour.exp() * losses).sum().backward()
@@ -273,3 +280,89 @@ def test_policy_gradient_truncates_its_weight() -> None:
     losses.sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad, torch.tensor([2.0 * 2.0, -float(torch.tensor(-0.5).exp()) * 0.5]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_full_divergence_of_logits(kind: str, temperature: float) -> None:
+    student, teacher = logits_pair(20, 6, 13, 2.0, torch.float64)
+    ours = student.clone().requires_grad_()
+    actual = full_divergence(ours, teacher, kind, BETA, temperature=temperature)  # type: ignore[arg-type]
+    reference = student.clone().requires_grad_()
+    right = enumerated((reference / temperature).log_softmax(1), (teacher / temperature).log_softmax(1), kind)
+    torch.testing.assert_close(actual, right, atol=1e-12, rtol=1e-12)
+    gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((actual, ours), (right, reference))]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda x: full_divergence(x, teacher, kind, BETA), ours)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_divergence_in_low_precision_is_that_of_the_rounded_logits(kind: str) -> None:
+    student, teacher = logits_pair(21, 6, 13, 2.0, torch.bfloat16)
+    actual = full_divergence(student, teacher, kind, BETA)  # type: ignore[arg-type]
+    right = enumerated(student.double().log_softmax(1), teacher.double().log_softmax(1), kind)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), right, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_ruled_out_on_both_sides_do_not_exist(kind: str) -> None:
+    student, teacher = logits_pair(22, 4, 9, 1.0, torch.float64)
+    kept = torch.arange(9) < 6
+    ours = student.masked_fill(~kept, -torch.inf).requires_grad_()
+    actual = full_divergence(ours, teacher.masked_fill(~kept, -torch.inf), kind, BETA)  # type: ignore[arg-type]
+    right = enumerated(student[:, :6].log_softmax(1), teacher[:, :6].log_softmax(1), kind)
+    torch.testing.assert_close(actual, right, atol=1e-12, rtol=1e-12)
+    (gradient,) = torch.autograd.grad(actual.sum(), ours)
+    assert bool(gradient.isfinite().all()) and float(gradient[:, 6:].abs().max()) < 1e-40
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 100_000), st.integers(1, 15), st.sampled_from(KINDS), st.booleans())
+def test_topk_divergence_never_exceeds_the_full_one(seed: int, top_k: int, kind: DivergenceKind, sampled: bool) -> None:
+    student, teacher = logits_pair(seed, 5, 15, 2.0, torch.float64)
+    logprobs, ids = teacher.log_softmax(1).topk(top_k, 1)
+    sampled_ids = torch.arange(5)
+    extra = {
+        "sampled_ids": sampled_ids,
+        "sampled_logprobs": teacher.log_softmax(1).gather(1, sampled_ids[:, None]).squeeze(1),
+    }
+    actual = topk_divergence(student, ids, logprobs, kind, BETA, **(extra if sampled else {}))
+    full = full_divergence(student, teacher, kind, BETA)
+    assert bool((actual >= 0.0).all()) and bool((actual <= full + 1e-12).all())
+    if top_k == 15:
+        torch.testing.assert_close(actual, full, atol=1e-12, rtol=1e-12)
+    kept = ids if not sampled else torch.cat([ids, sampled_ids[:, None]], dim=1)
+    inside = torch.zeros(5, 15, dtype=torch.bool).scatter(1, kept, True)
+    for row in range(5):
+        columns = [
+            torch.cat([logp[row][inside[row]], logp[row][~inside[row]].logsumexp(0, keepdim=True)])[None]
+            for logp in (student.log_softmax(1), teacher.log_softmax(1))
+        ]
+        if top_k < 14:
+            torch.testing.assert_close(actual[row : row + 1], enumerated(*columns, kind), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_divergence_is_that_of_no_topk(kind: str) -> None:
+    student, teacher = logits_pair(23, 8, 10, 2.0, torch.float64)
+    sampled = torch.arange(8)
+    ours = student.clone().requires_grad_()
+    of_student = ours.log_softmax(1).gather(1, sampled[:, None]).squeeze(1)
+    of_teacher = teacher.log_softmax(1).gather(1, sampled[:, None]).squeeze(1)
+    actual = sampled_divergence(of_student, of_teacher, kind, BETA)  # type: ignore[arg-type]
+    reference = student.clone().requires_grad_()
+    right = coarse(reference, build(teacher.log_softmax(1), sampled, 0), kind)
+    torch.testing.assert_close(actual, right, atol=1e-12, rtol=1e-12)
+    gradients = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((actual, ours), (right, reference))]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_divergence_of_certain_and_impossible_tokens_is_finite(kind: str) -> None:
+    student = torch.tensor([0.0, -torch.inf, -1e-9, -2.0], requires_grad=True)
+    teacher = torch.tensor([0.0, -1.0, -torch.inf, -torch.inf])
+    value = sampled_divergence(student, teacher, kind, BETA)  # type: ignore[arg-type]
+    value.sum().backward()
+    assert bool(value.isfinite().all()) and bool((value >= 0.0).all()) and float(value.detach()[0]) < 1e-7
+    assert student.grad is not None and bool(student.grad.isfinite().all())

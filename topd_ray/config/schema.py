@@ -240,8 +240,11 @@ class LearnerConfig(Section):
     pass of its own, for students whose layers cannot keep trajectories apart (recurrent or chunked attention)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    logits_chunk_tokens: PositiveInt = 1024
-    """Tokens whose logits exist at once while the loss is computed."""
+    logits_chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits exist at once while the loss is computed; unset, an eighth of a micro-batch's, at most 1,024,
+    or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more."""
+    loss_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What reads and writes these logits on a GPU: Triton kernels if Triton is installed (auto), or torch alone."""
 
     @property
     def micro_batch_budget(self) -> int:

@@ -104,6 +104,7 @@ class LearnerEngine:
                 temperature=temperature,
                 logit_softcap=logit_softcap(self._model),
                 chunk_tokens=learner.logits_chunk_tokens,
+                kernel=learner.loss_kernel,
             ),
             num_tokens=read_vocabulary(student).size,
         )

@@ -19,7 +19,6 @@ from topd_ray.errors import ConfigError
 from topd_ray.objective.loss import LossMetrics, LossSpec, student_logprobs, topd_loss
 
 PROBE_TOKENS = 8
-PADDED_ROW_LOGIT = -1e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,26 +37,15 @@ class LossHead(nn.Module):
 
     It owns the output layer's parameters as its own, tied or not: under ZeRO-3 the hooks of this module gather them
     before its forward and backward pass. Rows from `num_tokens` on pad the embedding and get no probability, as in the
-    inference engines: by a bias, since cutting the weight to an odd number of rows would slow the product down.
+    inference engines.
     """
-
-    padding_V: torch.Tensor | None
 
     def __init__(self, head: nn.Linear, spec: LossSpec, num_tokens: int) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
         self.spec = spec
-        padding_V = None
-        if num_tokens < head.out_features:
-            if spec.logit_softcap is not None:
-                raise ConfigError(
-                    f"the student's head has {head.out_features} rows for {num_tokens} tokens, and bounds its logits: "
-                    "the padded rows cannot be left out"
-                )
-            padding_V = torch.zeros(head.out_features, dtype=head.weight.dtype, device=head.weight.device)
-            padding_V[num_tokens:] = PADDED_ROW_LOGIT
-        self.register_buffer("padding_V", padding_V, persistent=False)
+        self.num_vocabulary = min(num_tokens, head.out_features)
 
     def forward(
         self, hidden_ND: torch.Tensor, batch: MicroBatch | TokenBatch, totals: BatchTotals | None
@@ -73,7 +61,9 @@ class LossHead(nn.Module):
             num_tokens=totals.num_tokens,
             num_guided=totals.num_guided,
             num_trajectories=totals.num_trajectories,
-            head_bias=self._whole_bias(),
+            head_bias=self.bias,
+            num_vocabulary=self.num_vocabulary,
+            check_finite=False,  # the ranks have to agree on what to do
         )
 
     def _sampled_logprobs(self, hidden_ND: torch.Tensor, tokens: TokenBatch) -> torch.Tensor:
@@ -84,13 +74,9 @@ class LossHead(nn.Module):
             self.spec.temperature,
             self.spec.chunk_tokens,
             logit_softcap=self.spec.logit_softcap,
-            head_bias=self._whole_bias(),
+            head_bias=self.bias,
+            num_vocabulary=self.num_vocabulary,
         )
-
-    def _whole_bias(self) -> torch.Tensor | None:
-        if self.padding_V is None or self.bias is None:
-            return self.bias if self.padding_V is None else self.padding_V
-        return self.bias + self.padding_V
 
 
 class StudentWithLoss(nn.Module):

@@ -9,12 +9,22 @@ Axes: N tokens, V vocabulary, K top teacher tokens, C = K + 2 columns (top-k, sa
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from topd_ray.errors import DataError
+from topd_ray.objective.checks import (
+    check_dtype,
+    check_one_of,
+    check_positive,
+    check_shape,
+    not_a_teacher,
+    not_logprobs,
+    not_normalisable,
+    raise_first,
+)
 
 DivergenceKind = Literal["reverse", "forward", "jsd"]
 
@@ -43,11 +53,13 @@ class Support:
 
         Top-k columns of log-prob -inf (padding, whatever their id) are masked, and so is the sampled token where it is
         one of the top-k. The teacher's tail is log(1 - sum of the columns), floored at `TAIL_ROUNDINGS` roundings of
-        its dtype. Raises DataError if the shapes do not fit.
+        its dtype. Raises DataError if the shapes do not fit; does not look at values.
         """
+        check_shape("sampled_ids", sampled_ids, "N")
         num_tokens = sampled_ids.shape[0]
-        if topk_ids.shape != topk_logprobs.shape or sampled_logprobs.shape != sampled_ids.shape:
-            raise DataError(f"ids {tuple(topk_ids.shape)} and {tuple(sampled_ids.shape)} lack log-probs of equal shape")
+        check_shape("sampled_logprobs", sampled_logprobs, num_tokens)
+        check_shape("topk_ids", topk_ids, num_tokens, "K")
+        check_shape("topk_logprobs", topk_logprobs, *topk_ids.shape)
         sampled_N1 = sampled_ids.long().unsqueeze(1)
         in_topk_NK = topk_logprobs != -torch.inf
         is_new_N1 = ~((topk_ids == sampled_N1) & in_topk_NK).any(1, keepdim=True)
@@ -86,19 +98,33 @@ class Support:
 
 
 def divergence(
-    student_logp_NC: Tensor, teacher_logp_NC: Tensor, mask_NC: Tensor, kind: DivergenceKind, jsd_beta: float = 0.5
+    student_logp_NC: Tensor,
+    teacher_logp_NC: Tensor,
+    mask_NC: Tensor | None = None,
+    kind: DivergenceKind = "reverse",
+    jsd_beta: float = 0.5,
 ) -> Tensor:
-    """D per token, [N], differentiable in the student, where p is the student, q the teacher, b = `jsd_beta`.
+    """D per token, [N] (nats), from log-probs on the same C columns; differentiable in the student.
 
+    With p the student, q the teacher, b = `jsd_beta`:
     reverse: sum_c p log(p / q).  forward: sum_c q log(q / p).
     jsd: b * KL(q || m) + (1 - b) * KL(p || m) with m = b * q + (1 - b) * p, so b weights the teacher (TRL's beta).
 
-    Masked columns count for nothing, whatever they hold. Each column is summed as p log(p / q) - p + q >= 0: with
-    both sides normalised the sum is the same, no cancellation makes it negative, at p = q the gradient is exactly 0.
+    Columns that are false in `mask_NC` count for nothing, whatever they hold; the others are finite, and on both sides
+    of mass 1. Each column is summed as p log(p / q) - p + q >= 0: with both sides normalised the sum is the same, no
+    cancellation makes it negative, at p = q the gradient is exactly 0. Raises DataError on shapes that do not fit, an
+    unknown kind, and a `jsd_beta` outside of (0, 1); does not look at values, as `full_divergence` and
+    `topk_divergence` do.
     Source: the per-token loss of the paper's section 3 (reverse); generalised JSD as in GKD (arXiv 2306.13649).
     """
-    student_NC = student_logp_NC.masked_fill(~mask_NC, 0.0)
-    teacher_NC = teacher_logp_NC.masked_fill(~mask_NC, 0.0)
+    check_divergence(kind, jsd_beta)
+    check_shape("student_logp_NC", student_logp_NC, "N", "C")
+    check_shape("teacher_logp_NC", teacher_logp_NC, *student_logp_NC.shape)
+    student_NC, teacher_NC = student_logp_NC, teacher_logp_NC
+    if mask_NC is not None:
+        check_shape("mask_NC", mask_NC, *student_logp_NC.shape)
+        student_NC = student_NC.masked_fill(~mask_NC, 0.0)
+        teacher_NC = teacher_NC.masked_fill(~mask_NC, 0.0)
     p_NC, q_NC = student_NC.exp(), teacher_NC.exp()
     if kind == "reverse":
         terms_NC = p_NC * (student_NC - teacher_NC) - p_NC + q_NC
@@ -108,9 +134,115 @@ def divergence(
         share_q, share_p = teacher_NC.new_tensor([jsd_beta, 1.0 - jsd_beta]).unbind()
         mixture_NC = torch.logaddexp(teacher_NC + share_q.log(), student_NC + share_p.log())
         terms_NC = share_q * q_NC * (teacher_NC - mixture_NC) + share_p * p_NC * (student_NC - mixture_NC)
-    value_N = terms_NC.masked_fill(~mask_NC, 0.0).sum(1)
+    value_N = (terms_NC if mask_NC is None else terms_NC.masked_fill(~mask_NC, 0.0)).sum(1)
     # Roundings may leave -1e-8: the value is clamped, the gradient is not.
     return value_N + (value_N.clamp(min=0.0) - value_N).detach()
+
+
+def full_divergence(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    kind: DivergenceKind = "reverse",
+    jsd_beta: float = 0.5,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """D per token over the whole vocabulary, [N] (nats), from both sides' logits (or log-probs), [N, V].
+
+    `divergence` of the softmax of both at `temperature`, in float32 or wider; the gradient goes to the student. A logit
+    of -inf is a token that cannot be reached; where only one side rules it out it counts as log-probability -100.
+    Raises DataError on shapes that do not fit, NaN or +inf, an unknown kind, a `jsd_beta` outside of (0, 1), and a
+    temperature that is not above 0. It makes [N, V] tensors: `topd_loss` does not.
+    """
+    check_positive("temperature", temperature)
+    _check_logits("student_logits_NV", student_logits_NV)
+    _check_logits("teacher_logits_NV", teacher_logits_NV)
+    check_shape("teacher_logits_NV", teacher_logits_NV, *student_logits_NV.shape)
+    student_NV = _wide(student_logits_NV) / temperature
+    teacher_NV = _wide(teacher_logits_NV).to(student_NV.dtype).detach() / temperature
+    normalisers = student_NV.logsumexp(1, keepdim=True), teacher_NV.logsumexp(1, keepdim=True)
+    raise_first(
+        [
+            not_normalisable("student_logits_NV", normalisers[0].detach().squeeze(1)),
+            not_normalisable("teacher_logits_NV", normalisers[1].squeeze(1)),
+        ]
+    )
+    return divergence(
+        _reachable(student_NV - normalisers[0]), _reachable(teacher_NV - normalisers[1]), None, kind, jsd_beta
+    )
+
+
+def topk_divergence(
+    student_logits_NV: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    kind: DivergenceKind = "reverse",
+    jsd_beta: float = 0.5,
+    *,
+    sampled_ids: Tensor | None = None,
+    sampled_logprobs: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """D per token on the teacher's top-k, the sampled token if given, and one tail, [N] (nats): the loss's own.
+
+    From the student's logits [N, V] and the teacher's log-probs [N, K] (at the same temperature; -inf is padding). At
+    most `full_divergence`, equal to it at K = V, never negative. Raises DataError on shapes that do not fit, ids out of
+    the vocabulary or twice in a row, log-probs that are NaN, above 0 or of a mass above 1, logits that are NaN or +inf,
+    and as `full_divergence` does.
+    """
+    check_divergence(kind, jsd_beta)
+    check_positive("temperature", temperature)
+    _check_logits("student_logits_NV", student_logits_NV)
+    num_tokens, num_vocabulary = student_logits_NV.shape
+    check_shape("topk_ids", topk_ids, num_tokens, "K")
+    check_shape("topk_logprobs", topk_logprobs, *topk_ids.shape)
+    if (sampled_ids is None) != (sampled_logprobs is None):
+        raise DataError("sampled_ids and sampled_logprobs: one is given, and should be both or none")
+    if sampled_ids is None or sampled_logprobs is None:
+        if topk_ids.shape[1] == 0:
+            raise DataError(
+                f"topk_ids has shape {list(topk_ids.shape)}, and K should be at least 1 without sampled_ids"
+            )
+        sampled_ids, sampled_logprobs = topk_ids[:, 0], topk_logprobs[:, 0]
+    check_dtype("topk_ids", topk_ids, "integer")
+    check_dtype("topk_logprobs", topk_logprobs, "float")
+    logits_NV = _wide(student_logits_NV) / temperature
+    support = Support.build(
+        topk_ids, topk_logprobs.to(logits_NV.dtype), sampled_ids, sampled_logprobs.to(logits_NV.dtype)
+    )
+    raise_first(not_a_teacher(topk_ids, topk_logprobs, sampled_ids, sampled_logprobs, num_vocabulary))
+    student_NC, log_normaliser_N = support.student_logp(*support.split(logits_NV))
+    raise_first([not_normalisable("student_logits_NV", log_normaliser_N.detach())])
+    return divergence(student_NC, support.teacher_logp, support.mask, kind, jsd_beta)
+
+
+def sampled_divergence(
+    student_logp_N: Tensor, teacher_logp_N: Tensor, kind: DivergenceKind = "reverse", jsd_beta: float = 0.5
+) -> Tensor:
+    """D per token on two columns, the sampled token and all others, [N] (nats), from its log-probs alone.
+
+    `topk_divergence` at K = 0, for teachers that score sampled tokens only: a lower bound of `full_divergence` without
+    sampling noise. (`sampled_policy_gradient` is the unbiased estimate, with noise.) Tails of fewer than
+    `TAIL_ROUNDINGS` roundings of 1 count as that many. Raises DataError on shapes that do not fit, log-probs that are
+    NaN or above 0, and as `divergence` does.
+    """
+    check_shape("student_logp_N", student_logp_N, "N")
+    check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
+    raise_first([not_logprobs("student_logp_N", student_logp_N), not_logprobs("teacher_logp_N", teacher_logp_N)])
+
+    def columns(logp_N: Tensor) -> Tensor:
+        logp_N = _wide(logp_N)
+        floor = TAIL_ROUNDINGS * torch.finfo(logp_N.dtype).eps
+        return torch.stack([_reachable(logp_N), (-torch.expm1(logp_N)).clamp(min=floor).log()], dim=1)
+
+    return divergence(columns(student_logp_N), columns(teacher_logp_N.detach()), None, kind, jsd_beta)
+
+
+def check_divergence(kind: str, jsd_beta: float) -> None:
+    """Raise DataError unless these name a divergence."""
+    check_one_of("kind", kind, get_args(DivergenceKind))
+    if kind == "jsd" and not 0.0 < jsd_beta < 1.0:
+        raise DataError(f"jsd_beta is {jsd_beta}, and should lie inside (0, 1): at its ends use reverse or forward")
 
 
 def sampled_policy_gradient(
@@ -120,11 +252,27 @@ def sampled_policy_gradient(
 
     -(w * A).detach() * log p_S(x), advantage A = log p_T(x) - log p_S(x), truncated importance weight
     w = min(p_S(x) / p_behaviour(x), importance_clip). Its mean gradient over x ~ behaviour is that of KL(p_S || p_T)
-    wherever nothing is truncated.
+    wherever nothing is truncated. All three [N], in nats. Raises DataError on shapes that do not fit and a clip that is
+    not above 0.
     """
+    check_shape("student_logp_N", student_logp_N, "N")
+    check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
+    check_shape("behaviour_logp_N", behaviour_logp_N, *student_logp_N.shape)
+    check_positive("importance_clip", importance_clip)
     frozen_N = student_logp_N.detach()
     weight_N = (frozen_N - behaviour_logp_N).exp().clamp(max=importance_clip)
     return -(weight_N * (_reachable(teacher_logp_N) - frozen_N)) * student_logp_N
+
+
+def _check_logits(name: str, logits_NV: Tensor) -> None:
+    check_shape(name, logits_NV, "N", "V")
+    check_dtype(name, logits_NV, "float")
+    if logits_NV.shape[1] == 0:
+        raise DataError(f"{name} has shape {list(logits_NV.shape)}, and should have at least one column")
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _reachable(logp: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Measurements that need a GPU, torch, NumPy and SciPy, and Triton for a part of them."""

@@ -1,0 +1,138 @@
+"""What goes into the loss and what comes out of it.
+
+Axes: N response tokens of a micro-batch, laid end to end without padding; K top teacher tokens; Z nonzeros of the
+guidance.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from topd_ray.errors import DataError
+from topd_ray.objective.checks import check_one_of, check_positive
+from topd_ray.objective.divergence import DivergenceKind, check_divergence
+from topd_ray.types import Metric
+
+DIVERGENCES = (*get_args(DivergenceKind), "sampled_pg")
+METHODS = ("topd", "opd")
+REDUCTIONS = ("mean", "sum")
+KERNELS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """How the loss is put together; the fields are those of `objective`, `rollout` and `learner` in the config.
+
+    Raises DataError for a value out of its range, with the field's name.
+    """
+
+    method: Literal["topd", "opd"] = "topd"
+    divergence: Literal["reverse", "forward", "jsd", "sampled_pg"] = "reverse"
+    jsd_beta: float = 0.5
+    """weight of the teacher under `jsd`, inside (0, 1)"""
+    importance_clip: float = 2.0
+    """bound of p_S / p_behaviour under `sampled_pg`"""
+    guidance_weight: float = 0.3
+    """lambda"""
+    guidance_reduction: Literal["mean", "sum"] = "mean"
+    temperature: float = 1.0
+    logit_softcap: float | None = None
+    """cap in cap * tanh(logit / cap), applied before the temperature (Gemma 2)"""
+    chunk_tokens: int | None = None
+    """tokens whose logits exist at once; unset, an eighth of all, or what some bytes hold if that is more (`head`)"""
+    kernel: Literal["auto", "torch", "triton"] = "auto"
+    """auto: Triton where tensors are on a GPU and it is installed, else torch"""
+
+    def __post_init__(self) -> None:
+        check_one_of("method", self.method, METHODS)
+        check_one_of("guidance_reduction", self.guidance_reduction, REDUCTIONS)
+        check_one_of("kernel", self.kernel, KERNELS)
+        check_one_of("divergence", self.divergence, DIVERGENCES)
+        if self.divergence != "sampled_pg":
+            check_divergence(self.divergence, self.jsd_beta)
+        check_positive("temperature", self.temperature)
+        check_positive("importance_clip", self.importance_clip)
+        if self.logit_softcap is not None:
+            check_positive("logit_softcap", self.logit_softcap)
+        if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0.0):
+            raise DataError(f"guidance_weight is {self.guidance_weight}, and should be finite and not negative")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise DataError(f"chunk_tokens is {self.chunk_tokens}, and should be at least 1, or None")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossBatch:
+    """What the teacher said about N response tokens; whole trajectories, unless medians for the caps are passed in."""
+
+    sampled_ids: Tensor
+    """[N]"""
+    teacher_topk_ids: Tensor
+    """[N, K]"""
+    teacher_topk_logprobs: Tensor
+    """[N, K]; -inf marks padding"""
+    teacher_sampled_logprobs: Tensor
+    """[N]; -inf for a token that the teacher rules out"""
+    behaviour_logprobs: Tensor
+    """[N], under the policy that wrote the tokens"""
+    capped: Tensor
+    """[N] bool"""
+    segment_ids: Tensor
+    """[N], which trajectory a token belongs to"""
+    target_indptr: Tensor
+    """[N + 1], row pointers into target_ids and target_weights"""
+    target_ids: Tensor
+    """[Z]"""
+    target_weights: Tensor
+    """[Z]; the weights of a row sum to the number of windows that cover it"""
+    target_entropy: Tensor
+    """[N], the entropies of the soft targets of these windows, summed"""
+
+    def rows(self, start: int, stop: int) -> "LossBatch":
+        """Tokens start .. stop - 1 as a batch of their own."""
+        return self.split((start, stop))[0]
+
+    def split(self, edges: Sequence[int]) -> list["LossBatch"]:
+        """Tokens edges[i] .. edges[i + 1] - 1 as a batch for each i; one transfer from the device."""
+        target_edges = self.target_indptr[list(edges)].tolist()
+        return [
+            LossBatch(
+                sampled_ids=self.sampled_ids[start:stop],
+                teacher_topk_ids=self.teacher_topk_ids[start:stop],
+                teacher_topk_logprobs=self.teacher_topk_logprobs[start:stop],
+                teacher_sampled_logprobs=self.teacher_sampled_logprobs[start:stop],
+                behaviour_logprobs=self.behaviour_logprobs[start:stop],
+                capped=self.capped[start:stop],
+                segment_ids=self.segment_ids[start:stop],
+                target_indptr=self.target_indptr[start : stop + 1] - first,
+                target_ids=self.target_ids[first:last],
+                target_weights=self.target_weights[first:last],
+                target_entropy=self.target_entropy[start:stop],
+            )
+            for (start, stop), (first, last) in zip(pairwise(edges), pairwise(target_edges), strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossMetrics:
+    """Figures of one micro-batch as (sum, count) pairs of detached scalars; they stay on the device until asked for.
+
+    `token_loss` (after caps), `token_divergence` (before; the reverse KL under sampled_pg), `guidance_kl` per guided
+    (window, position) pair (under `topd`), `student_entropy` (on the support), `mismatch` and `mismatch_abs` (student
+    minus behaviour log-prob of the sampled token), `capped` (share of tokens), `teacher_top1` (the student's likeliest
+    token is the teacher's), `student_tail` and `teacher_tail` (mass outside of the support).
+    """
+
+    figures: Mapping[str, tuple[Tensor, Tensor]]
+
+    def to_metrics(self, prefix: str = "") -> list[Metric]:
+        """The figures as records, each key after `prefix`; one transfer from the device."""
+        pairs = torch.stack([torch.stack(pair).double() for pair in self.figures.values()]).tolist()
+        return [
+            Metric(key=prefix + key, sum=total, count=count)
+            for key, (total, count) in zip(self.figures, pairs, strict=True)
+        ]

@@ -1,0 +1,79 @@
+"""The output layer on a GPU: a chunk's logits stay in the dtype of the product, two Triton kernels read them.
+
+The torch path of `head` is the reference. The kernels have been compared with it in Triton's interpreter, on a CPU;
+no measurement on a GPU exists yet. `LossSpec.kernel = "torch"` turns them off.
+
+Axes: N tokens of a chunk, V rows of the vocabulary, D hidden width, P picked logits.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from topd_ray.errors import DataError
+from topd_ray.objective.head import Head, Picks, add_product
+from topd_ray.objective.loss_data import LossSpec
+
+# Rows of the vocabulary whose weight gradient is made at once, before it is added up in float32.
+WEIGHT_GRAD_ROWS = 16384
+
+
+def make_head(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    spec: LossSpec,
+    *,
+    num_vocabulary: int,
+    needs_grad: tuple[bool, bool, bool] = (False, False, False),
+) -> Head:
+    """The head that `spec.kernel` asks for. Raises DataError if it asks for Triton in vain."""
+    dtype = hidden_ND.dtype
+    is_able = find_spec("triton") is not None and dtype != torch.float64
+    if spec.kernel == "triton" and not is_able:
+        raise DataError(f"kernel is triton, and should be torch: Triton is not installed, or {dtype} is too wide")
+    wants_triton = spec.kernel == "triton" or (spec.kernel == "auto" and hidden_ND.is_cuda)
+    kind = TritonHead if wants_triton and is_able and len(hidden_ND) else Head
+    return kind(hidden_ND, weight_VD, bias_V, spec, num_vocabulary=num_vocabulary, needs_grad=needs_grad)
+
+
+class TritonHead(Head):
+    """A chunk is one product; products become gradients in place."""
+
+    def forward(self, rows: slice, picks: Picks) -> tuple[Tensor, Tensor, Tensor]:
+        from topd_ray.objective.triton_kernels import peaks_and_sums
+
+        hidden_ND, spec = self.hidden_ND[rows], self.spec
+        self._products_VN = self._buffer(len(hidden_ND), hidden_ND.dtype)
+        torch.mm(self.weight_VD[: self.num_vocabulary], hidden_ND.T, out=self._products_VN)
+        flat = self._products_VN.view(-1)
+        self._places_P = picks.ids * len(hidden_ND) + picks.rows
+        bias_P = None if self.bias_V is None else self.bias_V[picks.ids]
+        self._picked_P = self.finish_(flat[self._places_P].to(self.dtype), bias_P)
+        flat.index_fill_(0, self._places_P[: picks.num_excluded], -torch.inf)
+        self._rows = rows
+        self._peak_N, sum_N = peaks_and_sums(self._products_VN, self.bias_V, spec.temperature, spec.logit_softcap)
+        return self._picked_P, self._peak_N, sum_N
+
+    def backward(self, weight_N: Tensor, grad_P: Tensor) -> None:
+        from topd_ray.objective.triton_kernels import to_gradient_
+
+        grad_VN, spec = self._products_VN, self.spec
+        weight_N = weight_N / spec.temperature
+        to_gradient_(grad_VN, self.bias_V, self._peak_N, weight_N, spec.temperature, spec.logit_softcap)
+        grad_P = grad_P * self.slope(self._picked_P) / spec.temperature
+        grad_VN.view(-1).index_add_(0, self._places_P, grad_P.to(grad_VN.dtype))
+        weight_VD, hidden_ND = self.weight_VD[: self.num_vocabulary], self.hidden_ND[self._rows]
+        if self.bias_grad_V is not None:
+            self.bias_grad_V[: self.num_vocabulary] += grad_VN.sum(1, dtype=self.dtype)
+        if self.hidden_grad_ND is not None:
+            add_product(self.hidden_grad_ND[self._rows], grad_VN.T, weight_VD)
+        if self.weight_grad_VD is not None:
+            for start in range(0, self.num_vocabulary, WEIGHT_GRAD_ROWS):
+                block = slice(start, min(start + WEIGHT_GRAD_ROWS, self.num_vocabulary))
+                add_product(self.weight_grad_VD[block], grad_VN[block], hidden_ND, overwrite=self.is_first)
+        self.is_first = False
+
+    def _stores_in_weight_grad(self, num_tokens: int) -> bool:
+        return False
