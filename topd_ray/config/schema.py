@@ -243,8 +243,9 @@ class LearnerConfig(Section):
     logits_chunk_tokens: PositiveInt | None = None
     """Tokens whose logits exist at once while the loss is computed; unset, an eighth of a micro-batch's, at most 1,024,
     or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more."""
-    loss_kernel: Literal["auto", "torch", "triton"] = "auto"
-    """What reads and writes these logits on a GPU: Triton kernels if Triton is installed (auto), or torch alone."""
+    loss_kernel: Literal["torch", "triton"] = "torch"
+    """What reads and writes these logits: torch, or on a GPU Triton kernels (compared with torch in Triton's
+    interpreter, but never yet run on a GPU)."""
 
     @property
     def micro_batch_budget(self) -> int:

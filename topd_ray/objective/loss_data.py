@@ -21,7 +21,7 @@ from topd_ray.types import Metric
 DIVERGENCES = (*get_args(DivergenceKind), "sampled_pg")
 METHODS = ("topd", "opd")
 REDUCTIONS = ("mean", "sum")
-KERNELS = ("auto", "torch", "triton")
+KERNELS = ("torch", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +45,8 @@ class LossSpec:
     """cap in cap * tanh(logit / cap), applied before the temperature (Gemma 2)"""
     chunk_tokens: int | None = None
     """tokens whose logits exist at once; unset, an eighth of all, or what some bytes hold if that is more (`head`)"""
-    kernel: Literal["auto", "torch", "triton"] = "auto"
-    """auto: Triton where tensors are on a GPU and it is installed, else torch"""
+    kernel: Literal["torch", "triton"] = "torch"
+    """what reads and writes a chunk's logits; triton needs the package, and has yet to be measured on a GPU"""
 
     def __post_init__(self) -> None:
         check_one_of("method", self.method, METHODS)

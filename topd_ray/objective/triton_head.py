@@ -1,7 +1,7 @@
 """The output layer on a GPU: a chunk's logits stay in the dtype of the product, two Triton kernels read them.
 
 The torch path of `head` is the reference. The kernels have been compared with it in Triton's interpreter, on a CPU;
-no measurement on a GPU exists yet. `LossSpec.kernel = "torch"` turns them off.
+no measurement on a GPU exists yet, so `LossSpec.kernel = "triton"` has to ask for them.
 
 Axes: N tokens of a chunk, V rows of the vocabulary, D hidden width, P picked logits.
 """
@@ -33,8 +33,7 @@ def make_head(
     is_able = find_spec("triton") is not None and dtype != torch.float64
     if spec.kernel == "triton" and not is_able:
         raise DataError(f"kernel is triton, and should be torch: Triton is not installed, or {dtype} is too wide")
-    wants_triton = spec.kernel == "triton" or (spec.kernel == "auto" and hidden_ND.is_cuda)
-    kind = TritonHead if wants_triton and is_able and len(hidden_ND) else Head
+    kind = TritonHead if spec.kernel == "triton" and len(hidden_ND) else Head
     return kind(hidden_ND, weight_VD, bias_V, spec, num_vocabulary=num_vocabulary, needs_grad=needs_grad)
 
 
