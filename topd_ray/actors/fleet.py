@@ -39,6 +39,12 @@ from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
 POLL_SECONDS = 0.5
 TEACHER_CALLS_IN_FLIGHT = 2
 """Calls a teacher worker holds: one on its engine, one whose transport runs or that waits for the engine."""
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
+    "MALLOC_TRIM_THRESHOLD_": str(1024**3),
+    "MALLOC_TOP_PAD_": str(64 * 1024**2),
+}
+"""For glibc's malloc, which takes no larger first threshold."""
 SAVE_SECONDS = 60.0
 """How long the learner ranks may take to save a batch whose loss is not finite."""
 Item = TypeVar("Item")
@@ -284,7 +290,9 @@ class RayFleet:
                 num_gpus=need.num_gpus,
                 scheduling_strategy=at,
                 max_concurrency=self._concurrency(need.role),
-                runtime_env={"env_vars": worker_environment(threads(self._config, need.role))},
+                runtime_env={
+                    "env_vars": worker_environment(threads(self._config, need.role), on_cpu=not need.num_gpus)
+                },
             )
             .remote(**parts)
         )
@@ -368,13 +376,18 @@ def start_ray(config: TopdConfig) -> None:
             signal.signal(number, handler)
 
 
-def worker_environment(num_threads: int) -> dict[str, str]:
-    """Environment of an actor: its threads, and a Hugging Face hub that is as offline as the driver's."""
+def worker_environment(num_threads: int, *, on_cpu: bool) -> dict[str, str]:
+    """Environment of an actor: its threads, a hub as offline as the driver's, and how tensors on a CPU are allocated.
+
+    glibc gives freed tensors back to the system and faults their pages in again for the next ones: keeping them made
+    steps on the embedded pair about 7 % shorter.
+    """
     inherited = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE")
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        **(KEEP_FREED_MEMORY if on_cpu else {}),
         **{name: os.environ[name] for name in inherited if name in os.environ},
     }
