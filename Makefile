@@ -3,7 +3,7 @@ OBJECTIVE ?= topd
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test lint lock docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test: export HF_HUB_OFFLINE := 1
@@ -13,9 +13,10 @@ help:
 	@echo "make test    lint, import contracts, types and tests"
 	@echo "make lint    the same without the tests"
 	@echo "make lock    remake requirements/cpu.txt and gpu.txt (UPGRADE=1: newest versions)"
+	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, build/ and caches; keeps runs/"
 	@echo
-	@echo "All but lock and clean set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
+	@echo "demo, test and lint set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
 	@echo 'ARGS="..." goes on to the command: make demo ARGS="run.steps=10", make test ARGS="-k buffer"'
 
 setup:
@@ -32,6 +33,12 @@ lint: setup
 
 lock:
 	@bash requirements/lock.sh
+
+docker:
+	@bash docker/image.sh build $(ARGS)
+
+docker-demo:
+	@bash docker/image.sh demo $(OBJECTIVE) $(ARGS)
 
 clean:
 	rm -rf .venv build topd_ray.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
