@@ -13,16 +13,11 @@ FROM ${GPU_BASE} AS base-gpu
 
 # What never changes with the code or the lock.
 FROM base-${DEVICE} AS system
-ARG DEVICE
-# libnuma1 is linked into vLLM's CPU build. tini hands signals on and reaps what dead Ray workers leave behind. wget is
-# called by the probes of KubeRay before 1.6. Triton compiles its launchers with gcc and Python's headers as it runs.
+# torch.compile and Triton call g++ with Python's headers while a run goes on. libnuma1 is linked into vLLM's CPU build.
+# tini hands signals on and reaps what dead Ray workers leave behind. KubeRay before 1.6 calls wget in its probes.
 RUN set -eu; \
-    packages="ca-certificates libnuma1 tini wget"; \
-    [ "$DEVICE" = cpu ] || packages="$packages gcc libc6-dev"; \
-    if ! python3 -c 'import ensurepip, venv' 2> /dev/null; then \
-        packages="$packages python3-venv"; \
-        [ "$DEVICE" = cpu ] || packages="$packages python3-dev"; \
-    fi; \
+    packages="ca-certificates g++ libnuma1 tini wget"; \
+    python3 -c 'import ensurepip, venv' 2> /dev/null || packages="$packages python3-dev python3-venv"; \
     apt-get update; \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $packages; \
     apt-get clean; \

@@ -93,6 +93,12 @@ check_libraries() {
     [[ $DEVICE == gpu ]] || "$PYTHON" -I -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
         fail "the library libnuma.so.1 is missing; vLLM's CPU build needs it." \
             "Debian and Ubuntu: apt-get install libnuma1. Fedora: dnf install numactl-libs."
+    command -v "${CXX:-g++}" > /dev/null ||
+        fail "no C++ compiler (${CXX:-g++}) is on PATH; torch.compile, which vLLM uses, calls it during a run." \
+            "Debian and Ubuntu: apt-get install g++. Fedora: dnf install gcc-c++."
+    "$PYTHON" -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null ||
+        fail "Python.h, a header of $PYTHON, is missing; torch.compile, which vLLM uses, needs it during a run." \
+            "Debian and Ubuntu: apt-get install python${VERSION%.*}-dev. Fedora: dnf install python3-devel."
 }
 
 free_mib() { df -Pm "$1" | awk 'NR == 2 { print $4 }'; }
@@ -216,7 +222,8 @@ install_packages() {
 
 check_packages() {
     say "  $SECONDS s: importing what was installed"
-    wrong_packages > "$STEP_LOG" && env -u PYTHONDONTWRITEBYTECODE "$PY" - "$DEVICE" "$scope" > "$STEP_LOG" 2>&1 <<'PYTHON'
+    wrong_packages > "$STEP_LOG" || return
+    env -u PYTHONDONTWRITEBYTECODE "$PY" - "$DEVICE" "$scope" > "$STEP_LOG" 2>&1 <<'PYTHON'
 import sys
 
 import deepspeed, hypothesis, math_verify, ot, pyarrow.parquet, pytest, ray, tensorboard, torch, vllm
