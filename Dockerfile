@@ -17,7 +17,8 @@ FROM base-${DEVICE} AS system
 # tini hands signals on and reaps what dead Ray workers leave behind. KubeRay before 1.6 calls wget in its probes.
 RUN set -eu; \
     packages="ca-certificates g++ libnuma1 tini wget"; \
-    python3 -c 'import ensurepip, venv' 2> /dev/null || packages="$packages python3-dev python3-venv"; \
+    python3 -c 'import ensurepip, os, sysconfig, venv; os.stat(sysconfig.get_path("include") + "/Python.h")' \
+        2> /dev/null || packages="$packages python3-dev python3-venv"; \
     apt-get update; \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $packages; \
     apt-get clean; \

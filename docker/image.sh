@@ -93,7 +93,8 @@ demo() {  # demo METHOD [key=value ...]
     if ! mkdir -p "$runs" 2> /dev/null || [[ ! -w $runs ]]; then
         fail "$(id -un) cannot write to $runs." "RUNS=folder names another one."
     fi
-    # No network: the models and the prompts are in the image. The caller's ids: the run folder is the caller's own.
+    # No network: the models and the prompts are in the image. Ray warns that it sees none, and goes on. The caller's ids:
+    # the run folder is the caller's own.
     options=(--rm --network none --shm-size "${SHM_SIZE:-2g}" --cap-drop ALL --security-opt no-new-privileges
         --user "$(id -u):$(id -g)" --env HF_HUB_OFFLINE=1 --volume "$runs:/opt/topd/runs")
     [[ $DEVICE == cpu ]] || options+=(--gpus all)
