@@ -9,7 +9,7 @@
 #   BASE=image               build: another base image than the Dockerfile's, best with its digest
 #   PIP_CONFIG_FILE, PIP_CERT   build: pip's configuration and certificates, given to the build as secrets
 #   RUNS=folder              demo: where run folders go; unset, runs/
-#   SHM_SIZE=size            demo: shared memory, in which Ray's object store lives; unset, 2g
+#   SHM_SIZE=size            demo: most of shared memory, in which Ray's object store lives; unset, half of the memory
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -86,16 +86,18 @@ build() {  # build [docker build option ...]
 }
 
 demo() {  # demo METHOD [key=value ...]
-    local method=${1:?topd or opd} runs options answer
+    local method=${1:?topd or opd} runs options answer shm
     shift
     there || fail "there is no image $IMAGE." "Make it: make docker DEVICE=$DEVICE"
     runs=$(realpath -m "${RUNS:-runs}")
     if ! mkdir -p "$runs" 2> /dev/null || [[ ! -w $runs ]]; then
         fail "$(id -un) cannot write to $runs." "RUNS=folder names another one."
     fi
-    # No network: the models and the prompts are in the image. Ray warns that it sees none, and goes on. The caller's ids:
+    # As large as Linux makes /dev/shm outside containers. Ray puts an object store that does not fit there on the disk.
+    shm=${SHM_SIZE:-$(awk '/^MemTotal:/ { print int($2 / 2) "k" }' /proc/meminfo)}
+    # No network: models and prompts are in the image. Ray warns that it sees none, and goes on. The caller's ids:
     # the run folder is the caller's own.
-    options=(--rm --network none --shm-size "${SHM_SIZE:-2g}" --cap-drop ALL --security-opt no-new-privileges
+    options=(--rm --network none --shm-size "$shm" --cap-drop ALL --security-opt no-new-privileges
         --user "$(id -u):$(id -g)" --env HF_HUB_OFFLINE=1 --volume "$runs:/opt/topd/runs")
     [[ $DEVICE == cpu ]] || options+=(--gpus all)
     if ! answer=$(docker run "${options[@]}" --entrypoint test "$IMAGE" -w runs 2>&1); then

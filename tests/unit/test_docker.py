@@ -140,6 +140,9 @@ def test_the_demo_runs_as_the_caller_without_a_network(image: Image, tmp_path: P
     assert command == "run jobs/demo.yaml run.name=docker-opd objective.method=opd run.steps=3"
     assert f"--user {os.getuid()}:{os.getgid()} " in options
     assert "--network none" in options
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2048
+    shm = re.search(r"--shm-size (\d+)k", options)
+    assert shm and abs(int(shm[1]) - half) <= 1
     assert f"--volume {runs}:{workdir()}/runs" in options
     assert ("--gpus all" in options) == (device == "gpu")
     assert runs.is_dir()
