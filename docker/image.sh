@@ -37,7 +37,7 @@ choose_device() {
 check_docker() {
     local answer
     command -v docker > /dev/null ||
-        fail "docker is not installed." "Debian and Ubuntu: apt-get install docker.io docker-buildx"
+        fail "docker is not installed." "Debian 12: apt-get install docker.io. Ubuntu: apt-get install docker.io docker-buildx."
     answer=$(docker version --format '{{.Server.Version}}' 2>&1) && return
     if [[ $answer == *"permission denied"* ]]; then
         fail "$(id -un) may not use Docker." "Let an administrator run: usermod --append --groups docker $(id -un)"
@@ -103,11 +103,11 @@ demo() {  # demo METHOD [key=value ...]
     if ! answer=$(docker run "${options[@]}" --entrypoint test "$IMAGE" -w runs 2>&1); then
         case $answer in
             *"could not select device driver"* | *nvidia-container* | *"nvidia.com/gpu"*)
-                fail "Docker cannot hand GPUs on: ${answer##*$'\n'}" \
+                fail "Docker cannot hand GPUs on: ${answer%%$'\n'*}" \
                     "Install NVIDIA's container toolkit, then: nvidia-ctk runtime configure --runtime=docker" ;;
             "") fail "$(id -u):$(id -g) cannot write to $runs from inside a container." \
                 "Rootless Docker, user namespaces and network disks map ids: RUNS=folder names another one." ;;
-            *) fail "no container starts: ${answer##*$'\n'}" ;;
+            *) fail "no container starts: ${answer%%$'\n'*}" ;;
         esac
     fi
     exec docker run "${options[@]}" "$IMAGE" run jobs/demo.yaml \
