@@ -85,7 +85,7 @@ def asked(tmp_path: Path, command: str) -> str:
         (["demo", "topd"], {"PROBE": "0"}, "from inside a container"),
         (
             ["demo", "topd"],
-            {"DEVICE": "gpu", "PROBE": 'docker: could not select device driver "" with capabilities: [[gpu]].\ntime=now'},
+            {"DEVICE": "gpu", "PROBE": 'docker: could not select device driver "" with [[gpu]].\ntime=now'},
             "Docker cannot hand GPUs on: docker: could not select",
         ),
         (["demo", "topd"], {"PROBE": "docker: shim died"}, "no container starts: docker: shim died"),
