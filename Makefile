@@ -3,7 +3,7 @@ OBJECTIVE ?= topd
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint bench lock docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test bench: export HF_HUB_OFFLINE := 1
@@ -14,9 +14,10 @@ help:
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
+	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
 	@echo
-	@echo "All but lock and clean set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
+	@echo "demo, test, lint and bench set .venv up first: PYTHON=path and DEVICE=cpu|gpu override what is found."
 	@echo 'ARGS="..." goes on to the command: make demo ARGS="run.steps=10", make test ARGS="-k buffer", make bench ARGS=loss'
 
 setup:
@@ -37,6 +38,12 @@ bench: setup
 
 lock:
 	@bash requirements/lock.sh
+
+docker:
+	@bash cluster/image.sh build $(ARGS)
+
+docker-demo:
+	@bash cluster/image.sh demo $(OBJECTIVE) $(ARGS)
 
 clean:
 	rm -rf .venv .venv-bench build topd_ray.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv ready: `make demo`, `make test` and the rest call it first. Does nothing when nothing changed.
 #
+#   setup.sh             everything that `make` needs
+#   setup.sh packages    the lock alone, without topd_ray itself: the Dockerfile's layer that code does not change
+#
 #   DEVICE=cpu|gpu   which packages; unset, gpu where nvidia-smi lists a GPU
 #   PYTHON=path      the Python 3.11 or 3.12 to use; unset, that of a ready .venv or the first one on PATH that works
 #
@@ -15,9 +18,12 @@ readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 # Disk in MiB: the finished .venv, and what pip puts into the temporary folder meanwhile (largest seen, rounded up).
 readonly CPU_MIB=3500 CPU_TEMPORARY_MIB=900 GPU_MIB=14000 GPU_TEMPORARY_MIB=3000
 
+scope=${1:-all}
 job=  # process id of the command whose output goes to the log
 unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_USER PIP_REQUIRE_VIRTUALENV VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off HF_HUB_OFFLINE=1
+# The pip of Debian 12 would run `setup.py install`, which leaves no list of files, where there is no wheel.
+export PIP_USE_PEP517=1
 
 say() { printf 'set-up  %s\n' "$*"; }
 
@@ -87,6 +93,12 @@ check_libraries() {
     [[ $DEVICE == gpu ]] || "$PYTHON" -I -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null ||
         fail "the library libnuma.so.1 is missing; vLLM's CPU build needs it." \
             "Debian and Ubuntu: apt-get install libnuma1. Fedora: dnf install numactl-libs."
+    command -v "${CXX:-g++}" > /dev/null ||
+        fail "no C++ compiler (${CXX:-g++}) is on PATH; torch.compile, which vLLM uses, calls it during a run." \
+            "Debian and Ubuntu: apt-get install g++. Fedora: dnf install gcc-c++."
+    "$PYTHON" -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null ||
+        fail "Python.h, a header of $PYTHON, is missing; torch.compile, which vLLM uses, needs it during a run." \
+            "Debian and Ubuntu: apt-get install python${VERSION%.*}-dev. Fedora: dnf install python3-devel."
 }
 
 free_mib() { df -Pm "$1" | awk 'NR == 2 { print $4 }'; }
@@ -205,20 +217,21 @@ install_packages() {
         pip_or_stop packages install --no-deps --no-compile --requirement "$LOCK"
         compile_bytecode
     fi
-    pip_or_stop topd-ray install --no-deps --no-build-isolation --editable .
+    [[ $scope == packages ]] || pip_or_stop topd-ray install --no-deps --no-build-isolation --editable .
 }
 
 check_packages() {
     say "  $SECONDS s: importing what was installed"
-    wrong_packages > "$STEP_LOG" && env -u PYTHONDONTWRITEBYTECODE "$PY" - "$DEVICE" > "$STEP_LOG" 2>&1 <<'PYTHON'
+    wrong_packages > "$STEP_LOG" || return
+    env -u PYTHONDONTWRITEBYTECODE "$PY" - "$DEVICE" "$scope" > "$STEP_LOG" 2>&1 <<'PYTHON'
 import sys
 
 import deepspeed, hypothesis, math_verify, ot, pyarrow.parquet, pytest, ray, tensorboard, torch, vllm
 from transformers import Qwen3ForCausalLM
 from vllm import LLM
 
-import topd_ray
-
+if sys.argv[2] == "all":
+    import topd_ray
 if sys.argv[1] == "cpu" and torch.version.cuda is not None:
     sys.exit(f"torch {torch.__version__} is a CUDA build")
 PYTHON
@@ -243,6 +256,7 @@ fail_import() {
 
 main() {
     local existed=no
+    [[ $scope == all || $scope == packages ]] || fail "$scope is unknown." "Right would be packages, or nothing."
     trap '[[ -z $job ]] || kill "$job" 2> /dev/null' EXIT
     choose_device
     check_machine
@@ -266,7 +280,7 @@ main() {
         rm -rf "$VENV"
         make_ready || fail_import
     fi
-    stamp > "$STAMP"
+    [[ $scope == packages ]] || stamp > "$STAMP"
     say "ready in $SECONDS s"
 }
 

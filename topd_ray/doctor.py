@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from sysconfig import get_path
 from typing import Literal
 
 State = Literal["ok", "note", "missing"]
@@ -69,6 +70,7 @@ def report() -> list[Finding]:
         shared_memory_finding(Path("/dev/shm")),
         disk_finding(Path.cwd()),
         *library_findings(device, ctypes.CDLL),
+        compiler_finding(os.environ.get("CXX", "g++"), Path(get_path("include")) / "Python.h"),
         *gpu_findings(device, gpus),
         ray_finding(running_commands(Path("/proc")), os.environ),
     ]
@@ -215,6 +217,18 @@ def library_findings(device: Device, load: Callable[[str], object]) -> Iterator[
         )
     else:
         yield Finding(subject="libnuma", found="libnuma.so.1")
+
+
+def compiler_finding(command: str, header: Path) -> Finding:
+    """torch.compile, which vLLM uses even with `enforce_eager`, and Triton compile while a run goes on."""
+    compiler, version = shutil.which(command), f"{sys.version_info.major}.{sys.version_info.minor}"
+    if compiler is None:
+        found, mend = f"{command} is not on PATH, torch.compile calls it", "g++ (Fedora: dnf install gcc-c++)"
+    elif not header.is_file():
+        found, mend = f"{compiler}, but no {header}", f"python{version}-dev (Fedora: dnf install python3-devel)"
+    else:
+        return Finding(subject="compiler", found=compiler)
+    return Finding(subject="compiler", found=found, state="missing", mend=f"apt-get install {mend}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

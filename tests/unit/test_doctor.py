@@ -104,6 +104,16 @@ def test_a_missing_libnuma_stops_cpu_runs_only() -> None:
     assert list(doctor.library_findings("gpu", absent)) == []
 
 
+def test_a_compiler_and_pythons_header_are_needed(tmp_path: Path) -> None:
+    header = tmp_path / "Python.h"
+    assert "apt-get install python3." in doctor.compiler_finding("sh", header).mend
+    header.touch()
+    assert doctor.compiler_finding("sh", header).state == "ok"
+    no_compiler = doctor.compiler_finding("no-such-compiler", header)
+    assert no_compiler.state == "missing"
+    assert no_compiler.mend.startswith("apt-get install g++")
+
+
 H200 = Gpu(name="NVIDIA H200", memory="143771 MiB", driver="580.95.05")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = """
-awk bash cat cut df dirname du env flock grep head mkdir mktemp readlink rm sed sha256sum sleep stat tail
+awk bash cat cut df dirname du env flock g++ grep head mkdir mktemp readlink rm sed sha256sum sleep stat tail
 timeout uname wc
 """
 PYTHON = f'#!/bin/sh\nexec {sys._base_executable} "$@"\n'  # type: ignore[attr-defined]
@@ -112,6 +112,17 @@ def test_too_little_disk(set_up: SetUp, tools: Path, device: str, least: int) ->
 def test_no_libnuma(set_up: SetUp, tools: Path) -> None:
     put(tools, "python3", PYTHON.replace("exec", 'case "$*" in *libnuma*) exit 1;; esac\nexec'))
     assert "apt-get install libnuma1" in stopped(set_up(DEVICE="cpu"))
+
+
+def test_no_compiler(set_up: SetUp, tools: Path) -> None:
+    put(tools, "python3", PYTHON)
+    (tools / "g++").unlink()
+    assert "apt-get install g++" in stopped(set_up(DEVICE="cpu"))
+
+
+def test_no_python_headers(set_up: SetUp, tools: Path) -> None:
+    put(tools, "python3", PYTHON.replace("exec", 'case "$*" in *Python.h*) exit 1;; esac\nexec'))
+    assert f"apt-get install python3.{sys.version_info.minor}-dev" in stopped(set_up(DEVICE="cpu"))
 
 
 def test_a_gpu_is_noticed(set_up: SetUp, tools: Path) -> None:
