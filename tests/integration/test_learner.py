@@ -525,3 +525,5 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
             "error": str(error.value),
         }
         torch.save(found, folder / f"{kind}{stage}-rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # a process that ends with a group may abort

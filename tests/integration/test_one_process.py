@@ -1,5 +1,6 @@
 """Student and teacher engines, and other users of torch.distributed, in one process (`--inline`)."""
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ from tests.tiny import EOS_ID, load_tiny_model, make_requests, make_tiny_model, 
 from topd_ray.config.schema import RolloutConfig, StudentConfig, TeacherConfig
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.engines.teacher import TeacherEngine
+from topd_ray.objective import exact_transport
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,14 @@ def test_two_engines_answer_each_as_their_own_model(folders):
             assert greedy(teacher) == plain(teacher_folder), "a second teacher beside the student"
     assert not dist.is_initialized(), "the last engine takes the group it made with it"
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= children
+
+
+def test_an_engine_is_built_where_the_transport_solver_is_loaded(folders):
+    assert exact_transport([[[0.25, 1.0], [1.0, 0.25]]]).distance_M.item() == 0.25
+    assert "llvmlite.binding.ffi" in sys.modules
+    with build_student(folders[0]) as student:
+        assert greedy(student) == plain(folders[0])
+    assert exact_transport([[[0.5]]]).distance_M.item() == 0.5
 
 
 def test_a_group_that_was_there_before_stays(folders, tmp_path):

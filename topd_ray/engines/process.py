@@ -2,6 +2,9 @@
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -49,6 +52,21 @@ def prepare_process(threads: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def llvmlite_out_of_sight() -> Iterator[None]:
+    """Hide llvmlite's library (numba has loaded it) while vLLM's CPU platform looks through all modules for kernels.
+
+    It reads `vars` of whatever they hold, and this object answers every name, `__dict__` too, with a foreign function.
+    """
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
 
 
 def _destroy_groups(*, destroy_default: bool) -> None:

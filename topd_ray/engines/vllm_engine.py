@@ -16,7 +16,7 @@ import numpy as np
 
 from topd_ray.config.schema import ModelConfig, RolloutConfig, TeacherConfig
 from topd_ray.data.tokenizer import read_vocabulary
-from topd_ray.engines.process import SLOTS, prepare_process
+from topd_ray.engines.process import SLOTS, llvmlite_out_of_sight, prepare_process
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import ConfigError, TopdError
 from topd_ray.types import FinishReason, Int32, Prompt, TeacherScores
@@ -276,7 +276,7 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
         use_tqdm_on_load=False,
     )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), llvmlite_out_of_sight():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM looks through torch modules with deprecated names
             return LLMEngine.from_engine_args(arguments)
     except ValueError as error:
