@@ -16,6 +16,8 @@ from types import TracebackType
 import psutil
 
 NETWORK = "10.77.0"
+Done = subprocess.CompletedProcess[str]
+
 SETPRIV = ("setpriv", "--pdeathsig", "KILL", "--")
 START_SECONDS = 10.0
 
@@ -66,9 +68,7 @@ class Host:
     def check(self, *arguments: str) -> None:
         subprocess.run(self.command(*arguments), check=True, capture_output=True, text=True)
 
-    def run(
-        self, *arguments: str, env: Mapping[str, str], cwd: Path, timeout: float
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, env: Mapping[str, str], cwd: Path, timeout: float) -> Done:
         """Run to the end, whatever the exit code; output and errors together."""
         return subprocess.run(
             self.command(*arguments, cwd=cwd),

@@ -70,6 +70,7 @@ def submit_command(args: argparse.Namespace) -> int:
         address=args.address,
         working_dir=args.working_dir,
         runtime_env=args.runtime_env,
+        job_id=args.job_id,
         follow=not args.no_wait,
         say=Say(),
     )
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--address", help="its dashboard (default: RAY_API_SERVER_ADDRESS, or port 8265 here)")
     submit.add_argument("--working-dir", type=Path, default=Path(), help="folder to send, CONFIG in it (default: .)")
     submit.add_argument("--runtime-env", type=Path, metavar="YAML", help="a Ray runtime environment, for env_vars")
+    submit.add_argument("--job-id", metavar="ID", help="the cluster's name for it (default: run.name and a number)")
     submit.add_argument("--no-wait", action="store_true", help="return once the cluster has the job")
     submit.set_defaults(command=submit_command)
     evaluate = commands.add_parser("eval", help="grade a model", description=eval_command.__doc__, allow_abbrev=False)

@@ -105,6 +105,14 @@ def _of_engines(config: "TopdConfig") -> Iterator[Contradiction]:
 def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
     """Ray hands out several GPUs only whole, and vLLM takes one for each part of a tensor-parallel engine."""
     sizes = {"rollout": config.rollout.tensor_parallel_size, "teacher": config.teacher.tensor_parallel_size}
+    keys = tuple(f"gpus_per_{role}" for role in ("rollout", "teacher", "learner"))
+    unset = [f"resources.{key}" for key in keys if getattr(config.resources, key) is None]
+    if config.resources.wait_seconds > 0 and unset:
+        yield Contradiction(
+            keys=("resources.wait_seconds", *unset),
+            text=f"found {config.resources.wait_seconds:g} s to wait for nodes, whose GPUs cannot be counted yet; "
+            "right would be the GPUs of every role, 0 for none",
+        )
     for role in ("rollout", "teacher", "learner"):
         num_gpus: float | None = getattr(config.resources, f"gpus_per_{role}")
         if num_gpus is None:

@@ -38,6 +38,7 @@ def submit(
     address: str | None,
     working_dir: Path,
     runtime_env: Path | None,
+    job_id: str | None,
     follow: bool,
     say: Say,
 ) -> int:
@@ -56,7 +57,7 @@ def submit(
     client, address = connect(address)
     job = client.submit_job(
         entrypoint="exec " + shlex.join(["python", "-m", "topd_ray", "run", str(inside), *overrides]),
-        submission_id=f"{config.run.name}-{secrets.token_hex(4)}",
+        submission_id=job_id or f"{config.run.name}-{secrets.token_hex(4)}",
         runtime_env=environment,
         metadata={"run": config.run.name},
     )
