@@ -52,7 +52,7 @@ def check_nodes(config: TopdConfig, wanted: Sequence[Need], group: PlacementGrou
         answers = _ask(roles, _model_folders(config), marker, content)
     finally:
         marker.unlink()
-    if problems := list(_problems(answers, node_facts.versions(), folder)):
+    if problems := list(problems_of(answers, node_facts.versions(), folder)):
         raise ConfigError("\n  ".join(["the nodes of the Ray cluster do not fit together:", *problems]))
 
 
@@ -95,7 +95,7 @@ def _model_folders(config: TopdConfig) -> dict[str, list[str]]:
     return {"rollout": student, "learner": student, "teacher": [*student, *teacher]}
 
 
-def _problems(answers: Sequence[Answer], own: Mapping[str, str], folder: Path) -> list[str]:
+def problems_of(answers: Sequence[Answer], own: Mapping[str, str], folder: Path) -> list[str]:
     lines = []
     for answer in answers:
         theirs = answer.facts.versions
