@@ -1,5 +1,6 @@
 """What `topd submit` refuses before it asks a cluster, and what it sends."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,10 @@ def test_a_config_the_job_would_not_have(tmp_path: Path, inside: str, message: s
 
 def test_the_runtime_environment_gets_the_working_directory_and_time_to_stop(tmp_path: Path) -> None:
     file = tmp_path / "env.yaml"
-    file.write_text('env_vars: {NCCL_DEBUG: WARN, RAY_JOB_STOP_WAIT_TIME_S: "60"}\nexcludes: [data]\n')
+    variables = {"NCCL_DEBUG": "WARN", "TOKENIZERS_PARALLELISM": "false", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    file.write_text(json.dumps({"env_vars": variables, "excludes": ["data"]}))
     found = job_environment(tmp_path, file)
-    assert found["env_vars"] == {"NCCL_DEBUG": "WARN", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert found["env_vars"] == variables
     assert found["working_dir"] == str(tmp_path)
     assert {".venv", ".git", "runs", "data"} <= set(found["excludes"])
     assert job_environment(tmp_path, None)["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600"}

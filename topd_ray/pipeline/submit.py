@@ -26,7 +26,7 @@ NOT_SENT = (".venv", ".git", "runs", "build", "*.egg-info", "__pycache__", ".*_c
 """Left out of the upload, besides what .gitignore names. Patterns as in .gitignore."""
 STOP_SECONDS = "600"
 """How long `ray job stop` waits for the update in progress and the checkpoint before it kills; Ray's own is 3 s."""
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 POLL_SECONDS = 0.5
 
 
