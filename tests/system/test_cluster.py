@@ -28,6 +28,7 @@ SMALL = (
     "rollout.prompts_per_step=8",
     "rollout.max_new_tokens=64",
     "learner.num_ranks=2",
+    "learner.micro_batch_size=4",
     "data.arithmetic.num_heldout=16",
     "data.arithmetic.num_train=64",
     "evaluation.teacher=false",
@@ -209,3 +210,22 @@ def test_a_node_with_another_version(cluster: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stdout
     assert f"{cluster.hosts['odd'].address} has pyarrow 1.0 (here " in done.stdout
     cluster.hosts["odd"].kill()
+
+
+def test_probes_answer_without_a_token_and_nothing_else_does(cluster: Cluster) -> None:
+    """The paths and ports that the KubeRay files probe."""
+    worker, head = cluster.hosts["rollout"].address, "127.0.0.1"
+    asked = {
+        f"http://{worker}:52365/api/local_raylet_healthz": "200",
+        f"http://{head}:8265/api/gcs_healthz": "200",
+        f"http://{head}:8265/api/jobs/": "401",
+        f"http://{cluster.hosts[HEAD].address}:8265/api/gcs_healthz": "000",
+    }
+    for url, code in asked.items():
+        done = cluster.on_head("curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", url)
+        assert done.stdout == code, url
+
+
+def test_a_port_that_is_taken(cluster: Cluster) -> None:
+    done = cluster.on_head("ray", "start", "--head", f"--node-ip-address={cluster.hosts[HEAD].address}")
+    assert done.returncode != 0 and "6379" in done.stdout, done.stdout
