@@ -106,7 +106,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def where_actors_are(cluster: Cluster) -> set[tuple[str, str]]:
     """(class, address) of every worker there has been."""
     asked = [cluster.on_head("ray", "list", what, "--format=json", "--limit=1000") for what in ("nodes", "actors")]
-    nodes, actors = (json.loads(done.stdout[done.stdout.index("[\n") :]) for done in asked)
+    nodes, actors = (json.loads(done.stdout[done.stdout.index('[{"') :]) for done in asked)
     addresses = {node["node_id"]: node["node_ip"] for node in nodes}
     return {(actor["class_name"], addresses[actor["node_id"]]) for actor in actors if "Worker" in actor["class_name"]}
 

@@ -65,7 +65,11 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as error:
         raise ConfigError(f"the Ray cluster at {address} does not take the token: {error}; {TOKEN_ADVICE}") from error
-    except (ConnectionError, RuntimeError) as error:  # RuntimeError: another version of Ray or Python
+    except ConnectionError as error:  # all that Ray raises where the token is another one; it logs the reason
+        raise ConfigError(
+            f"the Ray cluster at {address} does not answer, or does not take the token: {error}; {TOKEN_ADVICE}"
+        ) from error
+    except RuntimeError as error:  # another version of Ray or Python
         raise ConfigError(f"the Ray cluster at {address} cannot be joined: {error}") from error
 
 
