@@ -18,9 +18,8 @@ DEMO = Path(__file__).parents[2] / "jobs" / "demo.yaml"
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    worker = LearnerWorker(
-        **learner_part(load_config(DEMO, ["learner.num_ranks=2"]), rank=0, total_updates=1), store=LocalStore()
-    )
+    config = load_config(DEMO, ["learner.num_ranks=2", "rollout.samples_per_prompt=2"])
+    worker = LearnerWorker(**learner_part(config, rank=0, total_updates=1), store=LocalStore())
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,5 +1,6 @@
 """cluster/slurm.sbatch on two hosts: everything real but Slurm, whose two commands are stood in for by this file."""
 
+import contextlib
 import json
 import os
 import signal
@@ -60,7 +61,8 @@ class Srun(threading.Thread):
             done = subprocess.run(
                 self._hosts[options["nodelist"]].command(*command), env=environment, stdout=output, stderr=output
             )
-        caller.sendall(str(done.returncode).encode())
+        with contextlib.suppress(BrokenPipeError):  # a caller that was killed
+            caller.sendall(str(done.returncode).encode())
 
 
 @pytest.fixture
