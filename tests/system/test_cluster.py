@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 RAY_FOLDER = Path("/tmp/ray")
 ROLES = {"learner-a": "learner", "learner-b": "learner", "rollout": "rollout", "teacher": "teacher"}
 HEAD = "learner-a"
+TOKEN = "0123456789abcdef" * 4
 SMALL = (
     "run.steps=2",
     "run.deterministic=true",
@@ -83,7 +84,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     local = tmp_path_factory.mktemp("local")
     token = folder / "token"
     token.touch(mode=0o600)
-    token.write_text("0123456789abcdef" * 4)
+    token.write_text(TOKEN)
     RAY_FOLDER.mkdir(exist_ok=True)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -127,6 +128,9 @@ def test_a_job_over_four_nodes_gives_the_bitwise_same_student_as_one_node(cluste
     assert one.returncode == 0, one.stdout + one.stderr
     assert weights(cluster.folder / "many") == weights(cluster.folder / "one")
     assert json.loads((cluster.folder / "many" / "summary.json").read_text())["driver_payload_bytes"] == 0
+    assert TOKEN not in done.stdout
+    written = [path for path in (cluster.folder / "many").rglob("*") if path.is_file()]
+    assert len(written) > 5 and not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
 
 def test_ray_job_stop_leaves_a_checkpoint(cluster: Cluster) -> None:
@@ -158,6 +162,14 @@ def test_the_exit_code_of_a_refused_job_is_passed_on(cluster: Cluster) -> None:
     done = cluster.on_head(*cluster.submit("refused", "data.train=/nowhere.jsonl"))
     assert done.returncode == 2, done.stdout
     assert "data.train=/nowhere.jsonl: found no such file" in done.stdout
+
+
+def test_plain_ray_job_submit_with_a_run_folder_in_rays_copy_of_the_working_directory(cluster: Cluster) -> None:
+    environment = json.dumps({"working_dir": str(ROOT), "excludes": [".venv", ".git"]})
+    command = ["ray", "job", "submit", f"--runtime-env-json={environment}", "--", "python", "-m", "topd_ray", "run"]
+    done = cluster.on_head(*command, "jobs/demo.yaml", "run.name=relative")
+    assert done.returncode == 1, done.stdout
+    assert "run.root: found runs, which is /tmp/ray/" in done.stdout and "exit code 2" in done.stdout, done.stdout
 
 
 def test_a_run_folder_that_a_learner_node_does_not_see(cluster: Cluster) -> None:
