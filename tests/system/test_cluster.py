@@ -34,7 +34,8 @@ SMALL = (
     "data.arithmetic.num_train=64",
     "evaluation.teacher=false",
 )
-PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in ("rollout", "teacher", "learner"))
+WORKERS = ("rollout", "teacher", "learner")
+PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in WORKERS)
 
 WHY_NOT = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -70,12 +71,14 @@ class Cluster:
         command = ["python", "-m", "topd_ray", "submit", "jobs/demo.yaml", *SMALL, *PLACED]
         return [*command, f"run.root={self.folder}", f"run.name={name}", *overrides]
 
-    def run(self, name: str, *overrides: str, environment: Mapping[str, str] | None = None) -> Done:
+    def command(self, name: str, *overrides: str) -> list[str]:
         """A driver on the head node, without a job."""
         pair = [f"{role}.model={ROOT}/topd_ray/demo/pair/{role}" for role in ("student", "teacher")]
         command = ["python", "-m", "topd_ray", "run", "jobs/demo.yaml", *SMALL, *pair, "resources.ray_address=auto"]
-        root = f"run.root={self.folder}"
-        return self.on_head(*command, root, f"run.name={name}", *overrides, environment=environment)
+        return [*command, f"run.root={self.folder}", f"run.name={name}", *overrides]
+
+    def run(self, name: str, *overrides: str, environment: Mapping[str, str] | None = None) -> Done:
+        return self.on_head(*self.command(name, *overrides), environment=environment)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +198,14 @@ def test_a_cluster_that_is_too_small(cluster: Cluster, override: str, message: s
     assert done.returncode == 2, done.stdout
     assert message in done.stdout
     assert f"{cluster.hosts['teacher'].address}: 1 CPU, 0 GPU, topd/role=teacher" in done.stdout
+
+
+def test_waiting_for_nodes_can_be_stopped(cluster: Cluster) -> None:
+    said = [f"resources.gpus_per_{role}=0" for role in WORKERS]
+    waiting = cluster.command("waits", *said, "resources.wait_seconds=600", "resources.teacher_nodes={topd/role: none}")
+    done = cluster.on_head("timeout", "--preserve-status", "--signal=TERM", "12", *waiting)
+    assert done.returncode == 128 + 15, done.stdout
+    assert "starting the workers" in done.stdout and "stopped by SIGTERM" in done.stdout
 
 
 def test_another_token_and_none(cluster: Cluster, tmp_path: Path) -> None:

@@ -73,7 +73,12 @@ class RayFleet:
     def _build_workers(self, total_updates: int) -> None:
         config = self._config
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
-        group = reserve(wanted, cluster_nodes(), wait_seconds=config.resources.wait_seconds)
+        group = reserve(
+            wanted,
+            cluster_nodes(),
+            wait_seconds=config.resources.wait_seconds,
+            check_interrupt=self._check_interrupt,
+        )
         check_nodes(config, wanted, group)
         placed = [
             (need, PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index))

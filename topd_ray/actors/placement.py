@@ -1,13 +1,13 @@
 """What each worker needs, whether the machine or the cluster has it, and where the actors go."""
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from topd_ray.actors.parts import threads
@@ -16,6 +16,7 @@ from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.errors import ConfigError
 
 PLACEMENT_TIMEOUT_SECONDS = 60.0
+POLL_SECONDS = 0.5
 PROCESS_BYTES = 800 * 2**20
 """Resident memory of a worker before its model is loaded: Python, torch, vLLM or DeepSpeed."""
 DEFAULT_KV_BYTES = 2**30
@@ -161,7 +162,9 @@ def local_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def reserve(wanted: Sequence[Need], nodes: Sequence[Node], *, wait_seconds: float) -> PlacementGroup:
+def reserve(
+    wanted: Sequence[Need], nodes: Sequence[Node], *, wait_seconds: float, check_interrupt: Callable[[], None]
+) -> PlacementGroup:
     """Reserve room for all workers at once.
 
     Raises ConfigError, saying what is missing, if the nodes there are cannot hold them (unless more may come within
@@ -179,15 +182,15 @@ def reserve(wanted: Sequence[Need], nodes: Sequence[Node], *, wait_seconds: floa
         bundle_label_selector=[dict(need.labels) for need in wanted],
     )
     timeout = max(wait_seconds, PLACEMENT_TIMEOUT_SECONDS)
-    try:
-        ray.get(group.ready(), timeout=timeout)
-    except GetTimeoutError:
-        ray.util.remove_placement_group(group)
-        free = {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
-        raise ConfigError(
-            f"the Ray cluster did not have room for the workers within {timeout:g} s: free are {free['CPU']:g} CPU and "
-            f"{free['GPU']:g} GPU, needed are {'; '.join(map(str, wanted))}, each on one node"
-        ) from None
+    deadline = time.monotonic() + timeout
+    while not group.wait(POLL_SECONDS):
+        check_interrupt()
+        if time.monotonic() > deadline:
+            free = {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+            raise ConfigError(
+                f"the Ray cluster did not have room for the workers within {timeout:g} s: free are {free['CPU']:g} CPU "
+                f"and {free['GPU']:g} GPU, needed are {'; '.join(map(str, wanted))}, each on one node"
+            )
     return group
 
 
