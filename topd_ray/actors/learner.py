@@ -84,7 +84,9 @@ class LearnerWorker:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
         try:
             self._engine = LearnerEngine(**self._parts, init_method=init_method)
-        except DistError as error:
+        except RuntimeError as error:
+            if not isinstance(error, DistError) and not str(error).startswith("Gloo"):  # gloo has no class of its own
+                raise
             raise LearnerError(
                 f"learner rank {self._rank} cannot meet the others at {init_method}: {error}; nodes must reach each "
                 "other on all ports above 1023, as Ray itself needs it"
