@@ -55,12 +55,15 @@ def submit(
         )
     environment = job_environment(working_dir, runtime_env)
     client, address = connect(address)
-    job = client.submit_job(
-        entrypoint="exec " + shlex.join(["python", "-m", "topd_ray", "run", str(inside), *overrides]),
-        submission_id=job_id or f"{config.run.name}-{secrets.token_hex(4)}",
-        runtime_env=environment,
-        metadata={"run": config.run.name},
-    )
+    try:
+        job = client.submit_job(
+            entrypoint="exec " + shlex.join(["python", "-m", "topd_ray", "run", str(inside), *overrides]),
+            submission_id=job_id or f"{config.run.name}-{secrets.token_hex(4)}",
+            runtime_env=environment,
+            metadata={"run": config.run.name},
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # an upload that is too large, an id that is taken, ...
+        raise ConfigError(f"the cluster at {address} does not take the job: {error}") from error
     say(f"job {job} at {address}; `ray job stop --address {address} {job}` stops it with a checkpoint")
     return _follow(client, job, address) if follow else 0
 
