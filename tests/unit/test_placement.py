@@ -46,6 +46,13 @@ def test_waiting_for_nodes_needs_the_gpus_said() -> None:
     assert load_config(DEMO, ["resources.wait_seconds=60", *said]).resources.wait_seconds == 60
 
 
+def test_learner_ranks_do_not_share_a_gpu() -> None:
+    two = ["learner.num_ranks=2", "rollout.samples_per_prompt=2"]
+    with pytest.raises(ConfigError, match=r"resources\.gpus_per_learner, learner\.num_ranks: found 0\.5 of a GPU"):
+        load_config(DEMO, [*two, "resources.gpus_per_learner=0.5"])
+    assert load_config(DEMO, ["resources.gpus_per_learner=0.5"]).resources.gpus_per_learner == 0.5
+
+
 def test_a_run_folder_in_rays_copy_of_the_working_directory() -> None:
     check_run_folder(Path("/shared/runs/one"))
     with pytest.raises(ConfigError, match="Ray's own temporary copy"):

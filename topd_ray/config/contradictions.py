@@ -120,6 +120,12 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
         key = f"resources.gpus_per_{role}"
         if num_gpus > 1 and not num_gpus.is_integer():
             yield Contradiction(keys=(key,), text=f"found {num_gpus:g}; right would be a whole number, or at most 1")
+        elif role == "learner" and 0 < num_gpus < 1 and config.learner.num_ranks > 1:
+            yield Contradiction(
+                keys=(key, "learner.num_ranks"),
+                text=f"found {num_gpus:g} of a GPU for each of {config.learner.num_ranks} ranks, which Ray may put on one "
+                "and NCCL then refuses; right would be 1",
+            )
         elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
             yield Contradiction(
                 keys=(key, f"{role}.tensor_parallel_size"),
