@@ -123,7 +123,7 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
         elif role == "learner" and 0 < num_gpus < 1 and config.learner.num_ranks > 1:
             yield Contradiction(
                 keys=(key, "learner.num_ranks"),
-                text=f"found {num_gpus:g} of a GPU for each of {config.learner.num_ranks} ranks: Ray may put two on one, "
+                text=f"found {num_gpus:g} of a GPU for {config.learner.num_ranks} ranks each, and Ray may put two on one, "
                 "which NCCL refuses; right would be 1",
             )
         elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
