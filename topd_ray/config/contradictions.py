@@ -123,8 +123,8 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
         elif role == "learner" and 0 < num_gpus < 1 and config.learner.num_ranks > 1:
             yield Contradiction(
                 keys=(key, "learner.num_ranks"),
-                text=f"found {num_gpus:g} of a GPU for {config.learner.num_ranks} ranks each, and Ray may put two on one, "
-                "which NCCL refuses; right would be 1",
+                text=f"found {num_gpus:g} of a GPU for each of {config.learner.num_ranks} ranks; right would be 1: "
+                "Ray may put two ranks on one GPU, which NCCL refuses",
             )
         elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
             yield Contradiction(
