@@ -1,4 +1,4 @@
-"""The command line: `topd run`, `topd eval`, `topd doctor`.
+"""The command line: `topd run`, `topd submit`, `topd eval`, `topd doctor`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
 """
@@ -56,6 +56,24 @@ def run_command(args: argparse.Namespace) -> int:
     state = run(plan, FleetClass, say)
     print(summary_table(config, state.accuracy, state.step, state.trained_tokens, state.seconds))
     return 0
+
+
+def submit_command(args: argparse.Namespace) -> int:
+    """Train a student on a Ray cluster: send the working directory there, run as a job, follow its output."""
+    config = load_config(args.config, args.overrides)
+    from topd_ray.pipeline.submit import submit
+
+    return submit(
+        args.config,
+        args.overrides,
+        config,
+        address=args.address,
+        working_dir=args.working_dir,
+        runtime_env=args.runtime_env,
+        job_id=args.job_id,
+        follow=not args.no_wait,
+        say=Say(),
+    )
 
 
 def eval_command(args: argparse.Namespace) -> int:
@@ -120,6 +138,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
     run.add_argument("--inline", action="store_true", help="the same steps in one process, for a debugger")
     run.set_defaults(command=run_command)
+    submit = commands.add_parser(
+        "submit", help="train a student on a Ray cluster", description=submit_command.__doc__, allow_abbrev=False
+    )
+    _config_arguments(submit)
+    submit.add_argument("--address", help="its dashboard (default: RAY_API_SERVER_ADDRESS, or port 8265 here)")
+    submit.add_argument("--working-dir", type=Path, default=Path(), help="folder to send, CONFIG in it (default: .)")
+    submit.add_argument("--runtime-env", type=Path, metavar="YAML", help="a Ray runtime environment, for env_vars")
+    submit.add_argument("--job-id", metavar="ID", help="the cluster's name for it (default: run.name and a number)")
+    submit.add_argument("--no-wait", action="store_true", help="return once the cluster has the job")
+    submit.set_defaults(command=submit_command)
     evaluate = commands.add_parser("eval", help="grade a model", description=eval_command.__doc__, allow_abbrev=False)
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")

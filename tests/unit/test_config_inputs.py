@@ -189,8 +189,9 @@ def test_run_folder_of_another_config(model: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config))
     changed = config_of(model, learner={"learning_rate": 0.5}, rollout={"temperature": 0.5}, run={"steps": 3})
-    check_inputs(changed)
     (folder / "metrics.jsonl").touch()
+    check_inputs(changed)
+    (folder / "metrics.jsonl").write_text("{}\n")
     check_inputs(config)
     assert problems(changed) == [
         f"run.name=run: found {folder} in use by a run of another config (rollout.temperature: 1.0 (a number) there, "
@@ -213,7 +214,7 @@ def test_run_folder_of_another_config(model: Path) -> None:
 def test_run_folder_whose_config_cannot_be_read(model: Path) -> None:
     config = config_of(model)
     config.run.folder.mkdir(parents=True)
-    (config.run.folder / "metrics.jsonl").touch()
+    (config.run.folder / "metrics.jsonl").write_text("{}\n")
     (config.run.folder / "config.yaml").write_text("run: [")
     assert "whose config cannot be read" in problems(config)[0]
     (config.run.folder / "config.yaml").write_text("run: {colour: red}")

@@ -1,10 +1,6 @@
 """All workers of a run as Ray actors. Payloads pass between them by reference; the driver sees counts and handles."""
 
-import logging
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,10 +13,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tqdm import tqdm
 
 from topd_ray.actors.buffer import TrajectoryBuffer
+from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray, worker_environment
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, Lease, Normalisers, RolloutChunk
+from topd_ray.actors.nodes import check_nodes
 from topd_ray.actors.parts import learner_part, rollout_part, teacher_part, threads
-from topd_ray.actors.placement import Need, check_local_fit, local_cores, needs, reserve
+from topd_ray.actors.placement import Need, check_local_fit, cluster_nodes, local_cores, needs, reserve
 from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.sharing import (
     balance_ranks,
@@ -39,12 +37,6 @@ from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
 POLL_SECONDS = 0.5
 TEACHER_CALLS_IN_FLIGHT = 2
 """Calls a teacher worker holds: one on its engine, one whose transport runs or that waits for the engine."""
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
-    "MALLOC_TRIM_THRESHOLD_": str(1024**3),
-    "MALLOC_TOP_PAD_": str(64 * 1024**2),
-}
-"""For glibc's malloc, which takes no larger first threshold."""
 SAVE_SECONDS = 60.0
 """How long the learner ranks may take to save a batch whose loss is not finite."""
 Item = TypeVar("Item")
@@ -76,11 +68,18 @@ class RayFleet:
         """Raise ConfigError, before anything loads, for what this machine cannot hold; a cluster is asked later."""
         if cluster_address(config) is None:
             check_local_fit(config, num_cores=local_cores(), num_gpus=torch.cuda.device_count())
+        check_run_folder(config.run.folder)
 
     def _build_workers(self, total_updates: int) -> None:
         config = self._config
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
-        group = reserve(wanted)
+        group = reserve(
+            wanted,
+            cluster_nodes(),
+            wait_seconds=config.resources.wait_seconds,
+            check_interrupt=self._check_interrupt,
+        )
+        check_nodes(config, wanted, group)
         placed = [
             (need, PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index))
             for index, need in enumerate(wanted)
@@ -344,50 +343,3 @@ class RemoteBuffer:
 
     def clear(self) -> int:
         return int(self._fetch([self._actor.clear.remote()])[0])
-
-
-def cluster_address(config: TopdConfig) -> str | None:
-    """Address of the Ray cluster to join; None to start one on this machine."""
-    return config.resources.ray_address or os.environ.get("RAY_ADDRESS")
-
-
-def start_ray(config: TopdConfig) -> None:
-    """Join the cluster that is named, or start one on this machine.
-
-    A local cluster counts the workers' threads as its CPUs: writing and learning take turns on the same cores.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    address = cluster_address(config)
-    if address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        num_gpus = torch.cuda.device_count()
-        ray.init(
-            address="local",
-            num_cpus=sum(need.num_cpus for need in needs(config, num_gpus=num_gpus)),
-            num_gpus=num_gpus,
-            object_store_memory=config.resources.object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():  # Ray puts its own in their place
-            signal.signal(number, handler)
-
-
-def worker_environment(num_threads: int, *, on_cpu: bool) -> dict[str, str]:
-    """Environment of an actor: its threads, a hub as offline as the driver's, and how tensors on a CPU are allocated.
-
-    glibc gives freed tensors back to the system and faults their pages in again for the next ones: keeping them made
-    steps on the embedded pair about 7 % shorter.
-    """
-    inherited = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE")
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "MKL_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        **(KEEP_FREED_MEMORY if on_cpu else {}),
-        **{name: os.environ[name] for name in inherited if name in os.environ},
-    }

@@ -1,22 +1,36 @@
 """The learner worker: one data-parallel rank of the DeepSpeed learner."""
 
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from torch.distributed import DistError
 
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, WeightsBundle
 from topd_ray.actors.store import Store
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.data.arrow import batch_to_guided
-from topd_ray.errors import NonFiniteLossError
+from topd_ray.errors import LearnerError, NonFiniteLossError
 from topd_ray.types import GuidedTrajectory, UpdateReport
 from topd_ray.weights.chunks import pack
+
+
+def interface_of(address: str) -> str:
+    """The network interface that carries `address`.
+
+    Left alone, gloo takes the one that the node's own name resolves to, which is the loopback on many systems.
+    """
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            return name
+    raise LearnerError(f"this node has no network interface with the address {address} that Ray knows it by")
 
 
 class LearnerWorker:
@@ -66,7 +80,17 @@ class LearnerWorker:
         """Load the student; with several ranks, meet the others at `init_method` (collective)."""
         from topd_ray.engines.learner import LearnerEngine  # DeepSpeed is loaded where it runs, not in the driver
 
-        self._engine = LearnerEngine(**self._parts, init_method=init_method)
+        if init_method is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+        try:
+            self._engine = LearnerEngine(**self._parts, init_method=init_method)
+        except RuntimeError as error:
+            if not isinstance(error, DistError) and not str(error).startswith("Gloo"):  # gloo has no class of its own
+                raise
+            raise LearnerError(
+                f"learner rank {self._rank} cannot meet the others at {init_method}: {error}; nodes must reach each "
+                "other on all ports above 1023, as Ray itself needs it"
+            ) from error
 
     def learn(self, items: Sequence[GuidedItem], normalisers: Normalisers) -> UpdateReport:
         """Apply one update to this rank's share of a batch (collective).

@@ -1,12 +1,13 @@
 """What each worker needs, whether the machine or the cluster has it, and where the actors go."""
 
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from topd_ray.actors.parts import threads
@@ -15,6 +16,7 @@ from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.errors import ConfigError
 
 PLACEMENT_TIMEOUT_SECONDS = 60.0
+POLL_SECONDS = 0.5
 PROCESS_BYTES = 800 * 2**20
 """Resident memory of a worker before its model is loaded: Python, torch, vLLM or DeepSpeed."""
 DEFAULT_KV_BYTES = 2**30
@@ -29,6 +31,8 @@ class Need:
     index: int
     num_cpus: int
     num_gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """of the nodes it may be on"""
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -36,7 +40,41 @@ class Need:
         return {"CPU": float(self.num_cpus), **gpus}
 
     def __str__(self) -> str:
-        return f"{self.role} {self.index}: {self.num_cpus} CPU, {self.num_gpus:g} GPU"
+        where = f", a node labelled {_listed(self.labels)}" if self.labels else ""
+        return f"{self.role} {self.index}: {self.num_cpus} CPU, {self.num_gpus:g} GPU{where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node of the cluster and all it has, busy or not."""
+
+    node_id: str
+    address: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    def can_hold(self, need: Need) -> bool:
+        fits = all(self.resources.get(kind, 0.0) + 1e-6 >= amount for kind, amount in need.bundle.items())
+        return fits and all(self.labels.get(name) == value for name, value in need.labels.items())
+
+    def __str__(self) -> str:
+        own = {name: value for name, value in self.labels.items() if name != "ray.io/node-id"}
+        has = f"{self.resources.get('CPU', 0.0):g} CPU, {self.resources.get('GPU', 0.0):g} GPU"
+        return f"{self.address}: {has}{', ' + _listed(own) if own else ''}"
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive."""
+    return [
+        Node(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            resources=node["Resources"],
+            labels=node.get("Labels") or {},
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
@@ -63,6 +101,7 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
                 index=index,
                 num_cpus=threads(config, role),
                 num_gpus=unasked if asked is None else asked,
+                labels=getattr(config.resources, f"{role}_nodes"),
             )
             for index in range(count)
         ]
@@ -123,23 +162,49 @@ def local_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def reserve(wanted: list[Need]) -> PlacementGroup:
-    """Reserve room for all workers at once. Raises ConfigError, saying what is missing, if the cluster has it not."""
-    total = ray.cluster_resources()
+def reserve(
+    wanted: Sequence[Need], nodes: Sequence[Node], *, wait_seconds: float, check_interrupt: Callable[[], None]
+) -> PlacementGroup:
+    """Reserve room for all workers at once.
+
+    Raises ConfigError, saying what is missing, if the nodes there are cannot hold them (unless more may come within
+    `wait_seconds`), or do not become free in time.
+    """
+    missing = shortage(wanted, nodes)
+    if missing and not wait_seconds:
+        raise ConfigError(
+            f"the Ray cluster is too small: {'; '.join(missing)}. Its nodes: {'; '.join(map(str, nodes))}. Lower "
+            "num_workers, num_ranks or resources.*, or let resources.wait_seconds wait for nodes that are coming"
+        )
+    group = placement_group(
+        [need.bundle for need in wanted],
+        strategy="PACK",
+        bundle_label_selector=[dict(need.labels) for need in wanted],
+    )
+    timeout = max(wait_seconds, PLACEMENT_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + timeout
+    while not group.wait(POLL_SECONDS):
+        check_interrupt()
+        if time.monotonic() > deadline:
+            free = {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+            raise ConfigError(
+                f"the Ray cluster did not have room for the workers within {timeout:g} s: free are {free['CPU']:g} CPU "
+                f"and {free['GPU']:g} GPU, needed are {'; '.join(map(str, wanted))}, each on one node"
+            )
+    return group
+
+
+def shortage(wanted: Sequence[Need], nodes: Sequence[Node]) -> list[str]:
+    """What `nodes` lack, busy or not, to hold `wanted`: in total, and for each worker, which must fit on one node."""
+    lines = []
     for kind in ("CPU", "GPU"):
         asked = sum(need.bundle.get(kind, 0.0) for need in wanted)
-        if asked > total.get(kind, 0.0):
-            raise ConfigError(
-                f"the run needs {asked:g} {kind}s, the Ray cluster has {total.get(kind, 0.0):g} "
-                f"({'; '.join(str(need) for need in wanted)})"
-            )
-    group = placement_group([need.bundle for need in wanted], strategy="PACK")
-    try:
-        ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_SECONDS)
-    except GetTimeoutError:
-        available = {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
-        raise ConfigError(
-            f"the Ray cluster did not have room for the workers within {PLACEMENT_TIMEOUT_SECONDS:g} s: free are "
-            f"{available}, needed are {'; '.join(str(need) for need in wanted)}, each on one node"
-        ) from None
-    return group
+        there = sum(node.resources.get(kind, 0.0) for node in nodes)
+        if asked > there + 1e-6:
+            lines.append(f"the run needs {asked:g} {kind}s, the cluster has {there:g}")
+    lines += [f"no node can hold {need}" for need in wanted if not any(node.can_hold(need) for node in nodes)]
+    return lines
+
+
+def _listed(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))

@@ -107,6 +107,14 @@ def _of_engines(config: "TopdConfig") -> Iterator[Contradiction]:
 def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
     """Ray hands out several GPUs only whole, and vLLM takes one for each part of a tensor-parallel engine."""
     sizes = {"rollout": config.rollout.tensor_parallel_size, "teacher": config.teacher.tensor_parallel_size}
+    keys = tuple(f"gpus_per_{role}" for role in ("rollout", "teacher", "learner"))
+    unset = [f"resources.{key}" for key in keys if getattr(config.resources, key) is None]
+    if config.resources.wait_seconds > 0 and unset:
+        yield Contradiction(
+            keys=("resources.wait_seconds", *unset),
+            text=f"found {config.resources.wait_seconds:g} s to wait for nodes, whose GPUs cannot be counted yet; "
+            "right would be the GPUs of every role, 0 for none",
+        )
     for role in ("rollout", "teacher", "learner"):
         num_gpus: float | None = getattr(config.resources, f"gpus_per_{role}")
         if num_gpus is None:
@@ -114,6 +122,12 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
         key = f"resources.gpus_per_{role}"
         if num_gpus > 1 and not num_gpus.is_integer():
             yield Contradiction(keys=(key,), text=f"found {num_gpus:g}; right would be a whole number, or at most 1")
+        elif role == "learner" and 0 < num_gpus < 1 and config.learner.num_ranks > 1:
+            yield Contradiction(
+                keys=(key, "learner.num_ranks"),
+                text=f"found {num_gpus:g} of a GPU for each of {config.learner.num_ranks} ranks; right would be 1: "
+                "Ray may put two ranks on one GPU, which NCCL refuses",
+            )
         elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
             yield Contradiction(
                 keys=(key, f"{role}.tensor_parallel_size"),

@@ -148,7 +148,10 @@ def _run_folder(config: TopdConfig) -> Iterator[str]:
 
 def _holds_results(folder: Path) -> bool:
     """Whether a run got so far in `folder` that something would be lost; an attempt that failed before leaves none."""
-    return any((folder / name).exists() for name in ("checkpoints/latest", "metrics.jsonl", "export", "summary.json"))
+    metrics = folder / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        (folder / name).exists() for name in ("checkpoints/latest", "export", "summary.json")
+    )
 
 
 def _other_owner(config: TopdConfig, folder: Path) -> Iterator[str]:

@@ -320,6 +320,16 @@ class ResourcesConfig(Section):
     """CPU threads of one teacher worker."""
     threads_per_learner: PositiveInt = 1
     """CPU threads of one learner rank."""
+    rollout_nodes: dict[str, str] = {}
+    """Ray node labels that a node must carry to hold a rollout worker, for instance `{ray.io/node-group: rollout}`;
+    empty: any node."""
+    teacher_nodes: dict[str, str] = {}
+    """Like `rollout_nodes`, for teacher workers."""
+    learner_nodes: dict[str, str] = {}
+    """Like `rollout_nodes`, for learner ranks."""
+    wait_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """How long to wait for nodes that the cluster does not have yet, because an autoscaler or a queue is bringing them;
+    0: what is missing is an error at once."""
     object_store_bytes: Annotated[int, Field(ge=MIN_OBJECT_STORE_BYTES)] | None = None
     """Ray's object store on this machine; unset: Ray's own choice. Only for a cluster started by the run."""
 

@@ -112,7 +112,7 @@ def _find_checkpoint(config: TopdConfig) -> tuple[RunState, Path] | None:
     """The checkpoint `run.resume` asks for. Raises ConfigError where it contradicts the run folder."""
     folder = config.run.folder.absolute()
     if config.run.resume == "never":
-        if (folder / "metrics.jsonl").exists():
+        if (metrics := folder / "metrics.jsonl").exists() and metrics.stat().st_size > 0:
             raise ConfigError(f"{config.run.folder} is in use and run.resume=never: choose another run.name")
         return None
     found = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).load()

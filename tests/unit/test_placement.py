@@ -1,0 +1,99 @@
+"""Room for the workers, and nodes that fit together."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from topd_ray.actors import node_facts
+from topd_ray.actors.cluster import check_run_folder
+from topd_ray.actors.learner import interface_of
+from topd_ray.actors.nodes import Answer, problems_of
+from topd_ray.actors.placement import Need, Node, shortage
+from topd_ray.config.load import load_config
+from topd_ray.errors import ConfigError, LearnerError
+
+DEMO = Path(__file__).parents[2] / "jobs" / "demo.yaml"
+
+
+def need(role: str, *, cpus: int = 1, gpus: float = 0.0, **labels: str) -> Need:
+    return Need(role=role, index=0, num_cpus=cpus, num_gpus=gpus, labels=labels)
+
+
+def node(address: str, *, cpus: float = 1.0, gpus: float = 0.0, **labels: str) -> Node:
+    return Node(node_id=address, address=address, resources={"CPU": cpus, "GPU": gpus}, labels=labels)
+
+
+def test_room() -> None:
+    wanted = [need("rollout", gpus=0.5), need("teacher", cpus=2, gpus=4.0, kind="big")]
+    assert shortage(wanted, [node("a", gpus=1.0), node("b", cpus=4, gpus=8.0, kind="big")]) == []
+
+
+def test_what_is_missing() -> None:
+    wanted = [need("rollout"), need("teacher", cpus=3), need("learner", gpus=2.0, kind="big")]
+    assert shortage(wanted, [node("a", cpus=2), node("b", cpus=2, gpus=1.0, kind="big")]) == [
+        "the run needs 5 CPUs, the cluster has 4",
+        "the run needs 2 GPUs, the cluster has 1",
+        "no node can hold teacher 0: 3 CPU, 0 GPU",
+        "no node can hold learner 0: 1 CPU, 2 GPU, a node labelled kind=big",
+    ]
+
+
+def test_waiting_for_nodes_needs_the_gpus_said() -> None:
+    with pytest.raises(ConfigError, match=r"resources\.gpus_per_rollout.*GPUs cannot be counted yet"):
+        load_config(DEMO, ["resources.wait_seconds=60"])
+    said = [f"resources.gpus_per_{role}=0" for role in ("rollout", "teacher", "learner")]
+    assert load_config(DEMO, ["resources.wait_seconds=60", *said]).resources.wait_seconds == 60
+
+
+def test_learner_ranks_do_not_share_a_gpu() -> None:
+    two = ["learner.num_ranks=2", "rollout.samples_per_prompt=2"]
+    with pytest.raises(ConfigError, match=r"resources\.gpus_per_learner, learner\.num_ranks: found 0\.5 of a GPU"):
+        load_config(DEMO, [*two, "resources.gpus_per_learner=0.5"])
+    assert load_config(DEMO, ["resources.gpus_per_learner=0.5"]).resources.gpus_per_learner == 0.5
+
+
+def test_a_run_folder_in_rays_copy_of_the_working_directory() -> None:
+    check_run_folder(Path("/shared/runs/one"))
+    with pytest.raises(ConfigError, match="Ray's own temporary copy"):
+        check_run_folder(Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1/runs/one"))
+
+
+def test_facts_of_this_node(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    marker.write_text("seen")
+    facts = node_facts.look([str(tmp_path), "/nowhere"], str(marker), "seen")
+    assert facts.missing_folders == ("/nowhere",) and facts.sees_marker
+    assert re.fullmatch(r"[0-9a-f]{12}", facts.versions["topd_ray"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", facts.versions["ray"])
+    assert not node_facts.look([], str(marker), "other").sees_marker
+    assert not node_facts.look([], str(tmp_path / "none"), "seen").sees_marker
+
+
+def test_nodes_that_do_not_fit_together() -> None:
+    own = {"python": "3.11.7", "ray": "2.60.0"}
+
+    def answer(address: str, role: str, **facts: object) -> Answer:
+        known = {"versions": own, "missing_folders": (), "sees_marker": True, **facts}
+        return Answer(address=address, roles=frozenset([role]), facts=node_facts.NodeFacts(**known))  # type: ignore[arg-type]
+
+    assert problems_of([answer("a", "learner"), answer("b", "rollout", sees_marker=False)], own, Path("/r")) == []
+    lines = problems_of(
+        [
+            answer("a", "learner", sees_marker=False),
+            answer("b", "teacher", versions={**own, "ray": "2.59.0"}, missing_folders=("/m",)),
+        ],
+        own,
+        Path("/r"),
+    )
+    assert [line.partition(";")[0] for line in lines] == [
+        "a does not see the run folder /r, to which its learner ranks write checkpoints",
+        "b has ray 2.59.0 (here 2.60.0)",
+        "b has no model folder /m",
+    ]
+
+
+def test_interfaces_are_found_by_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(LearnerError, match=r"no network interface with the address 203\.0\.113\.9"):
+        interface_of("203.0.113.9")
