@@ -19,7 +19,7 @@ from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.engines.learner import LearnerEngine
 from topd_ray.engines.learner_metrics import METRIC_KEYS
 from topd_ray.engines.packing import pack
-from topd_ray.errors import CheckpointError, ConfigError, LearnerError, NonFiniteLossError
+from topd_ray.errors import CheckpointError, ConfigError, DataError, LearnerError, NonFiniteLossError
 from topd_ray.types import GuidedTrajectory, Metric, SparseTargets, TeacherScores, Trajectory, Windows
 
 TEMPERATURE = 0.7
@@ -358,6 +358,36 @@ def test_a_loss_that_is_not_a_number_changes_nothing(tied: Path, stage: int) -> 
     with pytest.raises(LearnerError, match="this learner has failed"):
         engine.learn(batch, **totals(batch))
     engine.shutdown()
+
+
+def test_an_update_that_broke_off_amid_its_micro_batches_is_not_gone_on_with(tied: Path) -> None:
+    batch = make_batch(3, top_k=6)
+    engine = make_engine(tied, max_tokens_per_micro_batch="one_trajectory")
+    first = max(
+        range(3),
+        key=lambda index: len(batch[index].trajectory.prompt_ids) + batch[index].trajectory.num_response_tokens,
+    )
+    broken = [one if index == first else replace(one, scores=foreign_of(one)) for index, one in enumerate(batch)]
+    with pytest.raises(DataError, match="topk_ids"):
+        engine.learn(broken, **totals(batch))
+    with pytest.raises(LearnerError, match="update 1 broke off amid its micro-batches"):
+        engine.learn(batch, **totals(batch))
+    engine.shutdown()
+
+
+def test_malformed_trajectories_before_any_gradient_harm_nobody(tied: Path) -> None:
+    batch = make_batch(2, top_k=6)
+    engine = make_engine(tied)
+    with pytest.raises(DataError, match="topk_ids"):
+        engine.learn([replace(one, scores=foreign_of(one)) for one in batch], **totals(batch))
+    engine.learn(batch, **totals(batch))
+    assert engine.policy_version == 1
+    engine.shutdown()
+
+
+def foreign_of(guided: GuidedTrajectory) -> TeacherScores:
+    """Scores on tokens that the student does not have."""
+    return replace(guided.scores, topk_ids=guided.scores.topk_ids + 1000)
 
 
 @pytest.mark.parametrize(

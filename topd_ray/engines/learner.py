@@ -126,9 +126,9 @@ class LearnerEngine:
         """Apply one update; `trajectories` is this rank's share, the totals are those of all ranks (collective).
 
         Returns this rank's part of the metrics (`learner_metrics.METRIC_KEYS`). Raises NonFiniteLossError on every
-        rank, with the weights as they were, if the loss of a micro-batch or the gradient norm is NaN or infinite; from
-        then on the engine refuses to learn (LearnerError), since DeepSpeed's buffers still hold the gradient. Raises
-        LearnerError if no rank has anything to learn from, and DataError for malformed trajectories.
+        rank, with the weights as they were, if the loss of a micro-batch or the gradient norm is NaN or infinite;
+        LearnerError if no rank has anything to learn from; DataError for malformed trajectories. After an error that
+        leaves a gradient in DeepSpeed's buffers the engine refuses to learn (LearnerError).
         """
         if self._failure is not None:
             raise LearnerError(f"this learner has failed ({self._failure}): build a new one, and load a checkpoint")
@@ -145,8 +145,10 @@ class LearnerEngine:
             micro_batch = self._collate(trajectories, part)
             self._engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             loss, metrics = self._engine(micro_batch, totals)
+            self._failure = f"update {self._policy_version + 1} broke off amid its micro-batches"
             self._engine.backward(loss * (self._world_size * micro_batch.weight), scale_wrt_gas=False)
             tally.add(micro_batch, loss.detach(), metrics)
+        self._failure = None
         self._refuse_non_finite_loss(tally)
         grad_norm = self._step()
         self._policy_version += 1
