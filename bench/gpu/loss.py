@@ -45,8 +45,8 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
         try:
             problem.step(loss())  # warms up and compiles
             values[name], memory[name] = _peak(problem, loss)
-        except torch.cuda.OutOfMemoryError as error:
-            skipped[name] = f"out of memory: {error}".splitlines()[0]
+        except Exception as error:  # no memory, no compiler, a kernel that fails: the other sides go on
+            skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             del losses[name]
             torch.cuda.empty_cache()
     steps: dict[str, Callable[[], Any]] = {
