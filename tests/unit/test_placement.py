@@ -9,7 +9,7 @@ from topd_ray.actors import node_facts
 from topd_ray.actors.cluster import check_run_folder
 from topd_ray.actors.learner import interface_of
 from topd_ray.actors.nodes import Answer, problems_of
-from topd_ray.actors.placement import Need, Node, shortage
+from topd_ray.actors.placement import Need, Node, needs, shortage
 from topd_ray.config.load import load_config
 from topd_ray.errors import ConfigError, LearnerError
 
@@ -37,6 +37,14 @@ def test_what_is_missing() -> None:
         "no node can hold teacher 0: 3 CPU, 0 GPU",
         "no node can hold learner 0: 1 CPU, 2 GPU, a node labelled kind=big",
     ]
+
+
+def test_workers_bound_to_labels_are_placed_before_those_that_would_take_their_nodes() -> None:
+    bound = load_config(DEMO, ["learner.num_ranks=2", "resources.learner_nodes={topd/role: learner}"])
+    assert [(one.role, one.index) for one in needs(bound, num_gpus=0)] == [
+        ("learner", 0), ("learner", 1), ("rollout", 0), ("teacher", 0),
+    ]  # fmt: skip
+    assert [one.role for one in needs(load_config(DEMO), num_gpus=0)] == ["rollout", "teacher", "learner"]
 
 
 def test_waiting_for_nodes_needs_the_gpus_said() -> None:

@@ -78,8 +78,9 @@ def cluster_nodes() -> list[Node]:
 
 
 def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
-    """One entry per rollout worker, teacher worker and learner rank, in this order.
+    """One entry per rollout worker, teacher worker and learner rank, in this order, but those bound to labels first.
 
+    Ray fills nodes in the order of the entries, and others would take the only nodes that these may use.
     `num_gpus` is what there is. Fewer GPUs than workers are shared out evenly, unless resources.* or
     tensor_parallel_size say otherwise; the engines' kv_cache_bytes must then leave room for each other.
     """
@@ -105,7 +106,7 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
             )
             for index in range(count)
         ]
-    return found
+    return sorted(found, key=lambda need: not need.labels)
 
 
 def check_local_fit(config: TopdConfig, *, num_cores: int, num_gpus: int) -> None:
