@@ -165,13 +165,14 @@ class RayFleet:
     def _failures(self, futures: Sequence[ray.ObjectRef]) -> list[str]:
         """What each rank says of a non-finite loss, once all have saved their share of the batch or time is up."""
         done, late = ray.wait(list(futures), num_returns=len(futures), timeout=SAVE_SECONDS)
-        messages = [f"learner rank {futures.index(one)} has not answered within {SAVE_SECONDS:g} s" for one in late]
+        messages = []
         for future in done:
             try:
                 self._result(future)
             except NonFiniteLossError as error:
                 messages.append(str(error))
-        return messages
+        silent = [f"learner rank {futures.index(one)} has not answered within {SAVE_SECONDS:g} s" for one in late]
+        return messages + silent
 
     def publish_weights(self) -> int:
         packing = [learner.pack_weights.remote() for learner in self._learners]
