@@ -370,7 +370,21 @@ def test_an_update_that_broke_off_amid_its_micro_batches_is_not_gone_on_with(tie
     broken = [one if index == first else replace(one, scores=foreign_of(one)) for index, one in enumerate(batch)]
     with pytest.raises(DataError, match="topk_ids"):
         engine.learn(broken, **totals(batch))
-    with pytest.raises(LearnerError, match="update 1 broke off amid its micro-batches"):
+    with pytest.raises(LearnerError, match="update 1 broke off"):
+        engine.learn(batch, **totals(batch))
+    engine.shutdown()
+
+
+def test_an_update_that_broke_off_in_its_step_is_not_gone_on_with(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> None:
+        raise MemoryError
+
+    batch = make_batch(2, top_k=6)
+    engine = make_engine(tied)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(engine._engine, "step", no_memory)
+        engine.learn(batch, **totals(batch))
+    with pytest.raises(LearnerError, match="update 1 broke off"):
         engine.learn(batch, **totals(batch))
     engine.shutdown()
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from tests.integration.test_learner import TEMPERATURE, make_batch, make_engine, save_with_tokenizer
 from tests.tiny import NUM_TOKENS, make_tiny_model, plain_logprobs
+from topd_ray.engines.attention import EAGER
 from topd_ray.errors import ConfigError
 from topd_ray.types import Trajectory
 
@@ -95,6 +96,7 @@ def test_bounded_attention_runs_the_model_s_own_code_and_says_so(
     with caplog.at_level(logging.WARNING, "topd_ray"):
         engine = make_engine(tmp_path, max_tokens_per_micro_batch=budget)
     assert "Gemma2ForCausalLM needs a mask over the whole row" in caplog.text
+    assert engine.attention == EAGER
     assert_plain(model, trajectories, engine.logprobs(trajectories))
     engine.shutdown()
 

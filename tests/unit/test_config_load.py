@@ -137,6 +137,10 @@ def test_one_problem(minimal: Path, override: str, line: str) -> None:
         (["objective.divergence=sampled_pg", "objective.cap=low_ot"], "right would be cap none, or a divergence"),
         (["objective.divergence=sampled_pg", "rollout.top_p=0.9"], "right would be top_p 1"),
         (["learner.offload_optimizer=true", "learner.zero_stage=0"], "right would be zero_stage 1, 2 or 3"),
+        (
+            ["learner.loss_kernel=triton", "resources.gpus_per_learner=0"],
+            "learner.loss_kernel, resources.gpus_per_learner: found triton, whose kernels run on a GPU, for a learner",
+        ),
         (["evaluation.every=5", "data.heldout="], "right would be every 0, or data.heldout set"),
         (
             ["rollout.max_num_seqs=64", "rollout.max_batched_tokens=63"],

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, D, N, V, figures, full_divergence, ours
-from topd_ray.objective import cap_mask, student_logprobs, topd_loss
+from topd_ray.objective import LossMetrics, cap_mask, student_logprobs, topd_loss
 from topd_ray.objective.head import BLOCK_ELEMENTS
+from topd_ray.types import Metric
 
 ALL_DIVERGENCES = pytest.mark.parametrize("divergence", ["reverse", "forward", "jsd"])
 
@@ -201,6 +202,19 @@ def test_no_tokens_give_a_zero_in_the_graph() -> None:
     for gradient in case.gradients(loss):
         assert float(gradient.abs().max()) == 0.0
     assert {(metric.sum, metric.count) for metric in metrics.to_metrics()} == {(0.0, 0.0)}
+
+
+def test_figures_of_micro_batches_add_up_in_float64() -> None:
+    parts = [
+        LossMetrics(
+            figures={"a": (torch.tensor(total), torch.tensor(2.0)), "b": (torch.tensor(1.0), torch.tensor(0.0))}
+        )
+        for total in (2.0**24, 1.0, 1.0)
+    ]
+    assert LossMetrics.total(parts).to_metrics("x/") == [
+        Metric(key="x/a", sum=2.0**24 + 2.0, count=6.0),
+        Metric(key="x/b", sum=3.0, count=0.0),
+    ]
 
 
 def test_head_bias_is_one_more_column() -> None:

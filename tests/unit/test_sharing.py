@@ -27,7 +27,7 @@ def item(index: int, num_tokens: int) -> GuidedItem:
         trajectory_id=f"{index:04d}",
         policy_version=0,
         num_tokens=num_tokens,
-        num_positions=num_tokens + 10,
+        num_sequence_tokens=num_tokens + 10,
         num_guided=2.0,
         num_bytes=1,
         distances=(),
@@ -41,8 +41,8 @@ def test_ranks_differ_by_less_than_one_trajectory(lengths: list[int], num_ranks:
     items = [item(i, length) for i, length in enumerate(lengths)]
     shares = balance_ranks(items, num_ranks)
     assert sorted(one.trajectory_id for share in shares for one in share) == [one.trajectory_id for one in items]
-    loads = [sum(cost(one.num_positions) for one in share) for share in shares]
-    longest = max(cost(one.num_positions) for one in items)
+    loads = [sum(cost(one.num_sequence_tokens) for one in share) for share in shares]
+    longest = max(cost(one.num_sequence_tokens) for one in items)
     assert max(loads) - min(loads) <= longest * (1 + 1e-9)
     assert max(loads) <= 4 / 3 * max(longest, sum(loads) / num_ranks) + longest / 3
     assert min(len(share) for share in shares) >= min(1, len(items) // num_ranks)
@@ -99,6 +99,10 @@ def test_what_does_not_fit_is_said_before_anything_loads() -> None:
     check_local_fit(config(), num_cores=2, num_gpus=3)
     with pytest.raises(ConfigError, match="4 threads at once, of 2 cores"):
         check_local_fit(config(rollout={"num_workers": 3}), num_cores=2, num_gpus=0)
+    triton = config(learner={"loss_kernel": "triton"})
+    check_local_fit(triton, num_cores=2, num_gpus=1)
+    with pytest.raises(ConfigError, match=r"learner.loss_kernel: found triton, and no GPU for the learner"):
+        check_local_fit(triton, num_cores=2, num_gpus=0)
     with pytest.raises(ConfigError, match=r"6 GPUs, of 4 .*teacher 0: 1 CPU, 4 GPU"):
         check_local_fit(config(teacher={"tensor_parallel_size": 4}), num_cores=2, num_gpus=4)
 

@@ -33,7 +33,7 @@ class Script:
                 trajectory_id=request.trajectory_id,
                 policy_version=self.version,
                 num_tokens=5,
-                num_positions=8,
+                num_sequence_tokens=8,
                 num_guided=2.0,
                 num_bytes=100,
                 distances=(0.1 * number, threshold),

@@ -19,7 +19,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(1024**3),
     "MALLOC_TOP_PAD_": str(64 * 1024**2),
 }
-"""For glibc's malloc, which takes no larger first threshold."""
+"""For glibc's malloc, which takes no larger first threshold. What the driver's environment says comes first."""
 TOKEN_ADVICE = (
     "right would be RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN, in the file that "
     "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
@@ -91,6 +91,6 @@ def worker_environment(num_threads: int, *, on_cpu: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        **(KEEP_FREED_MEMORY if on_cpu else {}),
+        **({name: os.environ.get(name, value) for name, value in KEEP_FREED_MEMORY.items()} if on_cpu else {}),
         **{name: os.environ[name] for name in inherited if name in os.environ},
     }

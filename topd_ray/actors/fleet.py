@@ -111,8 +111,8 @@ class RayFleet:
         loading = [learner.setup.remote(meeting) for learner in self._learners]
         loading += [worker.setup.remote() for worker in [*self._rollouts, *self._teachers]]
         arriving = self._as_they_come(loading, interruptible=True)
-        for _ in tqdm(arriving, total=len(loading), desc="loading", unit="worker", disable=None, leave=False):
-            pass
+        loaded = dict(tqdm(arriving, total=len(loading), desc="loading", unit="worker", disable=None, leave=False))
+        self.learner_attention: str = loaded[loading[0]]
 
     def rollout(self, requests: Sequence[RolloutRequest]) -> "Streams[RolloutChunk]":
         shares = split_requests(requests, len(self._rollouts))
@@ -141,10 +141,10 @@ class RayFleet:
         waiting: list[RolloutChunk] = []
         in_flight: dict[ray.ObjectRef, int] = {}
         while rollouts.open or waiting or in_flight:
-            for teacher in self._idle_teachers(in_flight):
-                if waiting:
-                    future = self._teachers[teacher].look_ahead.remote(waiting, threshold)
-                    in_flight[future], waiting = teacher, []
+            if idle := self._idle_teachers(in_flight):
+                for teacher, share in zip(idle, split_evenly(waiting, len(idle)), strict=False):
+                    in_flight[self._teachers[teacher].look_ahead.remote(share, threshold)] = teacher
+                waiting = []
             ready = self._wait([*rollouts.open, *in_flight])
             for future in [future for future in ready if future in in_flight]:
                 del in_flight[future]
@@ -163,15 +163,16 @@ class RayFleet:
             raise NonFiniteLossError("; ".join(self._failures(futures))) from None
 
     def _failures(self, futures: Sequence[ray.ObjectRef]) -> list[str]:
-        """What each rank says of a non-finite loss, once all have saved their share of the batch."""
-        ray.wait(list(futures), num_returns=len(futures), timeout=SAVE_SECONDS)
+        """What each rank says of a non-finite loss, once all have saved their share of the batch or time is up."""
+        done, late = ray.wait(list(futures), num_returns=len(futures), timeout=SAVE_SECONDS)
         messages = []
-        for future in futures:
+        for future in done:
             try:
                 self._result(future)
             except NonFiniteLossError as error:
                 messages.append(str(error))
-        return messages
+        silent = [f"learner rank {futures.index(one)} has not answered within {SAVE_SECONDS:g} s" for one in late]
+        return messages + silent
 
     def publish_weights(self) -> int:
         packing = [learner.pack_weights.remote() for learner in self._learners]
@@ -221,9 +222,10 @@ class RayFleet:
         return self._fetch([getattr(learner, method).remote(*args) for learner in self._learners])
 
     def _idle_teachers(self, in_flight: dict[ray.ObjectRef, int]) -> list[int]:
-        """Teachers with room for another call, least busy first."""
+        """The least busy teachers, if they have room for another call."""
         load = [sum(teacher == index for teacher in in_flight.values()) for index in range(len(self._teachers))]
-        return sorted((i for i in range(len(load)) if load[i] < TEACHER_CALLS_IN_FLIGHT), key=load.__getitem__)
+        least = min(load)
+        return [i for i in range(len(load)) if load[i] == least] if least < TEACHER_CALLS_IN_FLIGHT else []
 
     def _wait(self, waitables: Sequence[Any]) -> list[Any]:
         """Whatever of `waitables` is ready, after at least one is."""

@@ -16,7 +16,7 @@ from torch.distributed import DistError
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, WeightsBundle
 from topd_ray.actors.store import Store
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
-from topd_ray.data.arrow import batch_to_guided
+from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_guided
 from topd_ray.errors import LearnerError, NonFiniteLossError
 from topd_ray.types import GuidedTrajectory, UpdateReport
 from topd_ray.weights.chunks import pack
@@ -76,8 +76,11 @@ class LearnerWorker:
             free.bind((address, 0))
             return f"tcp://{address}:{free.getsockname()[1]}"
 
-    def setup(self, init_method: str | None) -> None:
-        """Load the student; with several ranks, meet the others at `init_method` (collective)."""
+    def setup(self, init_method: str | None) -> str:
+        """Load the student; with several ranks, meet the others at `init_method` (collective).
+
+        Returns the name of the attention implementation that was chosen for it.
+        """
         from topd_ray.engines.learner import LearnerEngine  # DeepSpeed is loaded where it runs, not in the driver
 
         if init_method is not None:
@@ -91,11 +94,12 @@ class LearnerWorker:
                 f"learner rank {self._rank} cannot meet the others at {init_method}: {error}; nodes must reach each "
                 "other on all ports above 1023, as Ray itself needs it"
             ) from error
+        return self._engine.attention
 
     def learn(self, items: Sequence[GuidedItem], normalisers: Normalisers) -> UpdateReport:
         """Apply one update to this rank's share of a batch (collective).
 
-        Raises NonFiniteLossError with the share saved as Parquet for a look; the weights are then as before.
+        Raises NonFiniteLossError, with the weights as before, and the share saved as Parquet for a look if that works.
         """
         try:
             metrics = self._engine.learn(
@@ -105,8 +109,11 @@ class LearnerWorker:
                 num_trajectories=normalisers.num_trajectories,
             )
         except NonFiniteLossError as error:
-            path = self._save_share(items)
-            raise NonFiniteLossError(f"{error}; this rank's share of the batch is in {path}") from error
+            try:
+                saved = f"is in {self._save_share(items)}"
+            except OSError as reason:
+                saved = f"could not be saved: {reason}"
+            raise NonFiniteLossError(f"{error}; this rank's share of the batch {saved}") from error
         return UpdateReport(policy_version=self._engine.policy_version, metrics=metrics)
 
     def preflight(self, items: list[GuidedItem]) -> LearnerCheck:
@@ -171,6 +178,6 @@ class LearnerWorker:
         unfinished = path.with_suffix(".tmp")
         batches: list[pa.RecordBatch] = self._store.get([item.handle for item in items])
         rows = [batch.slice(item.row, 1) for item, batch in zip(items, batches, strict=True)]
-        pq.write_table(pa.Table.from_batches(rows), unfinished)
+        pq.write_table(pa.Table.from_batches(rows, GUIDED_SCHEMA), unfinished)
         unfinished.rename(path)
         return path

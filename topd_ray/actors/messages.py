@@ -25,7 +25,7 @@ class GuidedItem:
     policy_version: int
     num_tokens: int
     """response tokens"""
-    num_positions: int
+    num_sequence_tokens: int
     """tokens of prompt and response"""
     num_guided: float
     """(window, position) pairs the teacher guides"""

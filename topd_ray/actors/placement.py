@@ -127,6 +127,8 @@ def check_local_fit(config: TopdConfig, *, num_cores: int, num_gpus: int) -> Non
     needed, available = cpu_memory(config), psutil.virtual_memory().available
     if num_gpus == 0 and needed > available:
         problems.append(f"{needed / 2**30:.1f} GiB of memory, of {available / 2**30:.1f} GiB available")
+    if config.learner.loss_kernel == "triton" and any(need.role == "learner" and not need.num_gpus for need in wanted):
+        raise ConfigError("learner.loss_kernel: found triton, and no GPU for the learner; right would be torch")
     if problems:
         listed = "; ".join(str(need) for need in wanted)
         raise ConfigError(

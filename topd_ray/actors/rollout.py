@@ -28,7 +28,8 @@ from topd_ray.weights.chunks import unpack
 
 HANDOVER_SHARE = 0.1
 """Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers
-company, until the time since the last one makes up for what that one cost."""
+company, until the time since the last one makes up for what that one cost, Ray's stream included. In one process
+(`--inline`) that is also the teacher's look-ahead: nothing is written meanwhile, so more company costs no time."""
 
 
 class RolloutWorker:
@@ -72,10 +73,10 @@ class RolloutWorker:
         """Yield trajectories as they finish, or with `whole` all of them at the end, in the order of their ids."""
         finished: list[Trajectory] = []
         next_handover = 0.0
-        for trajectory in self._engine.generate(requests):
-            finished.append(trajectory)
+        for step in self._engine.generate_by_step(requests):
+            finished += step
             started = time.monotonic()
-            if not whole and started >= next_handover:
+            if finished and not whole and started >= next_handover:
                 yield self._chunk(finished)
                 ended = time.monotonic()
                 finished, next_handover = [], ended + (ended - started) / HANDOVER_SHARE

@@ -30,7 +30,7 @@ def split_requests(requests: Sequence[RolloutRequest], num_workers: int) -> list
 def balance_ranks(items: Sequence[GuidedItem], num_ranks: int) -> list[list[GuidedItem]]:
     """Shares of about equal compute (`engines.packing.cost`), not of equally many trajectories; see `balance`."""
     ordered = sorted(items, key=lambda item: item.trajectory_id)
-    shares = balance([cost(item.num_positions) for item in ordered], num_ranks)
+    shares = balance([cost(item.num_sequence_tokens) for item in ordered], num_ranks)
     return [[ordered[index] for index in sorted(share)] for share in shares]
 
 

@@ -77,6 +77,11 @@ def _of_learner(config: "TopdConfig") -> Iterator[Contradiction]:
             keys=("learner.offload_optimizer", "learner.zero_stage"),
             text="found offload_optimizer with zero_stage 0; right would be zero_stage 1, 2 or 3",
         )
+    if config.learner.loss_kernel == "triton" and config.resources.gpus_per_learner == 0:
+        yield Contradiction(
+            keys=("learner.loss_kernel", "resources.gpus_per_learner"),
+            text="found triton, whose kernels run on a GPU, for a learner without one; right would be torch",
+        )
 
 
 def _of_evaluation(config: "TopdConfig") -> Iterator[Contradiction]:

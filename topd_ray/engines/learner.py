@@ -115,6 +115,11 @@ class LearnerEngine:
         """Updates applied so far."""
         return self._policy_version
 
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that was chosen (see `attention.choose_attention`)."""
+        return str(self._model.config._attn_implementation)
+
     def learn(
         self,
         trajectories: Sequence[GuidedTrajectory],
@@ -145,12 +150,12 @@ class LearnerEngine:
             micro_batch = self._collate(trajectories, part)
             self._engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             loss, metrics = self._engine(micro_batch, totals)
-            self._failure = f"update {self._policy_version + 1} broke off amid its micro-batches"
+            self._failure = f"update {self._policy_version + 1} broke off"
             self._engine.backward(loss * (self._world_size * micro_batch.weight), scale_wrt_gas=False)
             tally.add(micro_batch, loss.detach(), metrics)
-        self._failure = None
         self._refuse_non_finite_loss(tally)
         grad_norm = self._step()
+        self._failure = None
         self._policy_version += 1
         return [
             *tally.metrics(),

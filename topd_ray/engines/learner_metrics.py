@@ -1,5 +1,7 @@
 """What an update reports, and under which keys."""
 
+from dataclasses import replace
+
 import torch
 
 from topd_ray.engines.collate import MicroBatch
@@ -49,20 +51,11 @@ class Tally:
     def metrics(self) -> list[Metric]:
         """Ranks add up: a total of the whole batch has count 1 over all of them. Means of nothing are left out."""
         whole = 1.0 / self._world_size
-        sums = self._summed_figures()
+        figures = LossMetrics.total(self._figures).to_metrics() if self._figures else []
         return [
             Metric(key="loss/total", sum=float(torch.stack(self.losses).double().sum()), count=whole),
-            *(Metric(key=METRIC_KEYS[key], sum=total, count=count) for key, (total, count) in sums if count > 0.0),
+            *(replace(one, key=METRIC_KEYS[one.key]) for one in figures if one.count > 0.0),
             Metric(key="learner/tokens", sum=self._num_tokens, count=whole),
             Metric(key="learner/micro_batches", sum=len(self.losses)),
             Metric(key="learner/padding", sum=self._num_computed - self._num_positions, count=self._num_computed),
         ]
-
-    def _summed_figures(self) -> list[tuple[str, list[float]]]:
-        """(sum, count) of each figure over the micro-batches; one transfer from the device."""
-        if not self._figures:
-            return []
-        pairs = torch.stack(
-            [torch.stack([torch.stack(pair) for pair in one.figures.values()]).double() for one in self._figures]
-        )
-        return list(zip(self._figures[0].figures, pairs.sum(0).tolist(), strict=True))

@@ -3,7 +3,7 @@
 Axes: T response tokens of one trajectory, M windows (candidates), V vocabulary, D embedding width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from topd_ray.config.schema import NearFutureConfig, ObjectiveConfig
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
+from topd_ray.grouping import runs_within
 from topd_ray.objective.candidates import select_candidates, token_loss
 from topd_ray.objective.targets import cap_mask, classify, fold_windows, split_targets
 from topd_ray.objective.transport import ground_cost, pad_windows, solve_windows, unit_embeddings
 from topd_ray.types import Float32, GuidedTrajectory, Int32, TeacherScores, Trajectory, Windows
 
-# Entries of all windows' costs, in float64 16 MB: 838 windows of 50 x 50.
+# Entries of the costs of all windows that are solved together, in float64 16 MB: 838 windows of 50 x 50.
 LARGEST_GROUP = 2**21
 
 
@@ -73,7 +74,8 @@ class LookAhead:
 
     def fold(self, pending: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         """Compare the futures; fold those further apart than `threshold` into targets."""
-        return [guided for group in self._groups(pending) for guided in self._fold_group(group, threshold)]
+        groups = runs_within(pending, lambda asked: len(asked.positions) * self._config.window**2, LARGEST_GROUP)
+        return [guided for group in groups for guided in self._fold_group(group, threshold)]
 
     def _candidates(self, trajectory: Trajectory, scores: TeacherScores) -> Int32:
         if not self._objective.looks_ahead:
@@ -94,20 +96,6 @@ class LookAhead:
         return self._engine.continue_prefixes(
             prefixes, self._config.window, decoding=self._config.teacher_decoding, seeds=seeds
         )
-
-    def _groups(self, pending: Sequence[Asked]) -> Iterator[list[Asked]]:
-        """Trajectories whose windows are solved together, so many that an array of theirs stays small."""
-        group: list[Asked] = []
-        num_entries = 0
-        for asked in pending:
-            size = len(asked.positions) * self._config.window**2
-            if group and num_entries + size > LARGEST_GROUP:
-                yield group
-                group, num_entries = [], 0
-            group.append(asked)
-            num_entries += size
-        if group:
-            yield group
 
     def _fold_group(self, group: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         num_tokens = [asked.trajectory.num_response_tokens for asked in group]

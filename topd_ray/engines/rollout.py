@@ -66,6 +66,11 @@ class RolloutEngine:
         the tokenizer's tokens, renormalised over the nucleus where top_p < 1. A response has at least one token, maybe
         just the end-of-sequence token. Leaving the loop early drops the other requests.
         """
+        for finished in self.generate_by_step(requests):
+            yield from finished
+
+    def generate_by_step(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Trajectory]]:
+        """`generate` with control after every step of the engine: the trajectories that finished in it, mostly none."""
         self._check_whole()
         draws = (
             (
@@ -81,8 +86,8 @@ class RolloutEngine:
             )
             for request in requests
         )
-        for done in self._engine.generate(draws):
-            yield self._trajectory(done)
+        for finished in self._engine.generate_by_step(draws):
+            yield [self._trajectory(one) for one in finished]
 
     def complete(
         self,

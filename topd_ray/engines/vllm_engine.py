@@ -94,16 +94,24 @@ class VllmEngine:
 
     def generate(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[Finished[Key]]:
         """Yield every request as it finishes. Leaving the loop early drops the others."""
+        for finished in self.generate_by_step(requests):
+            yield from finished
+
+    def generate_by_step(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[list[Finished[Key]]]:
+        """Yield, after every step of the engine, the requests that finished in it, mostly none."""
         asked = list(requests)
         unfinished = [Finished(key=key) for key, _, _ in asked]
-        for index, output in self._run((token_ids, self._sampling(draw)) for _, token_ids, draw in asked):
-            done = unfinished[index]
-            done.token_ids.extend(output.new_token_ids)
-            if output.new_logprobs is not None:
-                done.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
-            if output.finish_reason is not None:
-                done.reason = self._reason(output)
-                yield done
+        for outputs in self._run((token_ids, self._sampling(draw)) for _, token_ids, draw in asked):
+            finished = []
+            for index, output in outputs:
+                one = unfinished[index]
+                one.token_ids.extend(output.new_token_ids)
+                if output.new_logprobs is not None:
+                    one.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
+                if output.finish_reason is not None:
+                    one.reason = self._reason(output)
+                    finished.append(one)
+            yield finished
 
     def complete(
         self,
@@ -145,9 +153,10 @@ class VllmEngine:
         num_kept = self.vocabulary.size if top_k == "full" else min(int(top_k), self.vocabulary.size)
         requests = (([*prompt_ids, *response_ids], self._scoring(num_kept)) for prompt_ids, response_ids in sequences)
         scores: dict[int, TeacherScores] = {}
-        for index, output in self._run(requests):
-            if output.new_prompt_logprobs_tensors is not None:
-                scores[index] = _scores(output.new_prompt_logprobs_tensors, len(sequences[index][1]))
+        for outputs in self._run(requests):
+            for index, output in outputs:
+                if output.new_prompt_logprobs_tensors is not None:
+                    scores[index] = _scores(output.new_prompt_logprobs_tensors, len(sequences[index][1]))
         return [scores[index] for index in range(len(sequences))]
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
@@ -174,8 +183,8 @@ class VllmEngine:
                 f"rollout.temperature={self._temperature} cannot be computed; this architecture is not supported"
             )
 
-    def _run(self, requests: Iterable[tuple[TokenIds, Any]]) -> Iterator[tuple[int, Any]]:
-        """Step the engine until all requests are done, yielding (index of the request, output) as outputs come."""
+    def _run(self, requests: Iterable[tuple[TokenIds, Any]]) -> Iterator[list[tuple[int, Any]]]:
+        """Step the engine until all requests are done, yielding each step's (index of the request, output)."""
         if self._is_busy:
             raise self._error("the engine is still generating: exhaust or close that iterator first")
         self._is_busy = True
@@ -184,12 +193,12 @@ class VllmEngine:
             for index, (token_ids, params) in enumerate(requests):
                 index_of[self._add(token_ids, params)] = index
             while index_of:
-                for output in self._llm.engine_core.get_output().outputs:
-                    index = index_of.get(output.request_id, -1)
+                outputs = self._llm.engine_core.get_output().outputs
+                ours = [(index_of[one.request_id], one) for one in outputs if one.request_id in index_of]
+                for _, output in ours:
                     if output.finish_reason is not None:
-                        index_of.pop(output.request_id, None)
-                    if index >= 0:
-                        yield index, output
+                        del index_of[output.request_id]
+                yield ours
         finally:
             self._is_busy = False
             if index_of:

@@ -129,6 +129,15 @@ class LossMetrics:
 
     figures: Mapping[str, tuple[Tensor, Tensor]]
 
+    @classmethod
+    def total(cls, parts: Sequence["LossMetrics"]) -> "LossMetrics":
+        """Figures of several micro-batches, at least one, added up in float64 on their device."""
+        totals = {
+            key: torch.stack([torch.stack(one.figures[key]) for one in parts]).double().sum(0)
+            for key in parts[0].figures
+        }
+        return cls(figures={key: (total_2[0], total_2[1]) for key, total_2 in totals.items()})
+
     def to_metrics(self, prefix: str = "") -> list[Metric]:
         """The figures as records, each key after `prefix`; one transfer from the device."""
         pairs = torch.stack([torch.stack(pair).double() for pair in self.figures.values()]).tolist()

@@ -24,6 +24,8 @@ class Fleet(Protocol):
 
     traffic: Traffic
     """Bytes the driver has received from workers so far."""
+    learner_attention: str
+    """Name of the attention implementation that the learner has chosen."""
 
     @property
     def buffer(self) -> Buffer: ...

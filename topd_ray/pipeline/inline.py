@@ -33,7 +33,7 @@ class InlineFleet:
         self._learner = LearnerWorker(**learner_part(config, rank=0, total_updates=total_updates), store=store)
         self._rollout.setup()
         self._teacher.setup()
-        self._learner.setup(init_method=None)
+        self.learner_attention = self._learner.setup(init_method=None)
 
     @staticmethod
     def check(config: TopdConfig) -> None:

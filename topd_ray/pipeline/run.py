@@ -15,6 +15,7 @@ from tqdm import tqdm
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
+from topd_ray.engines.attention import EAGER
 from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 from topd_ray.metrics.records import reduce
@@ -109,6 +110,11 @@ class Session:
         return self._state
 
     def _begin(self) -> None:
+        if self._fleet.learner_attention == EAGER:
+            self._say(
+                "the learner's attention is the model's own code, whose memory grows with the square of a forward "
+                "pass's tokens (learner.max_tokens_per_micro_batch); its log says why"
+            )
         if self._plan.learner_folder is not None:
             self._fleet.load_learner(self._plan.learner_folder)
             self._say(f"resumed at update {self._state.step} of {self._plan.total_updates}")
