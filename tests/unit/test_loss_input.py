@@ -184,7 +184,7 @@ def test_caps_need_a_token_loss() -> None:
         ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
         ({"importance_clip": 0.0}, "importance_clip is 0.0"),
         ({"guidance_weight": -0.1}, "guidance_weight is -0.1, and should be finite and not negative"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0, and should be at least 1, or None"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0, and should be a whole number of at least 1"),
         ({"divergence": "jsd", "jsd_beta": 1.0}, r"jsd_beta is 1.0, and should lie inside \(0, 1\)"),
         ({"divergence": "jsd", "jsd_beta": math.nan}, "jsd_beta is nan"),
         ({"divergence": "kl"}, "divergence is 'kl', and should be one of reverse, forward, jsd, sampled_pg"),

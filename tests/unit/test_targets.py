@@ -196,8 +196,8 @@ def test_no_windows_guide_nothing() -> None:
         (np.full((1, 3, 2), 1 / 2), [[1, 2]], [0], {}, "plan_MST: rows times their window's S sum to 3..3, want 1"),
         (np.array([[[1.5, -0.5]]]), [[1, 2]], [0], {}, "plan_MST: holds -0.5, want no negative entry"),
         (np.array([[[1.0, np.nan]]]), [[1, 2]], [0], {}, "plan_MST: holds nan"),
-        (np.eye(2)[None] / 2, [[1, -2]], [0], {}, "teacher_ids_MT: int64 from -2, want token ids from 0"),
-        (np.eye(2)[None] / 2, [[1, 0.5]], [0], {}, "teacher_ids_MT: float64 from 0.5, want token ids"),
+        (np.eye(2)[None] / 2, [[1, -2]], [0], {}, "teacher_ids_MT: -2..1, want token ids from 0"),
+        (np.eye(2)[None] / 2, [[1, 0.5]], [0], {}, "teacher_ids_MT: float64, want whole numbers"),
         (
             np.eye(2)[None] / 2,
             [[1, 2]],
