@@ -117,10 +117,8 @@ def assert_gradient(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], ste
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         ways = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in inputs]
-        above, below = (
-            float(loss(*(x.detach() + sign * way for x, way in zip(inputs, ways, strict=True))))
-            for sign in (step, -step)
-        )
+        moved = [[x.detach() + size * way for x, way in zip(inputs, ways, strict=True)] for size in (step, -step)]
+        above, below = (float(loss(*arguments)) for arguments in moved)
         found = sum(float((gradient * way).sum()) for gradient, way in zip(gradients, ways, strict=True))
         torch.testing.assert_close(found, (above - below) / (2.0 * step), atol=1e-7, rtol=1e-6)
 

@@ -20,8 +20,8 @@ def token_loss(sampled_teacher_logprobs: Float32, behaviour_logprobs: Float32, r
 
     `teacher_nll`: -log p_T(x_t). `sampled_kl`: log p_S(x_t) - log p_T(x_t), the one-sample estimate of the reverse KL.
     Both arguments are [T] (nats); `behaviour_logprobs` is not read by `teacher_nll`.
-    Raises DataError if they are not vectors of one length, hold NaN or more than 0, or the ranking is neither; -inf is a
-    token that the teacher rules out, of infinite loss. Source: the token losses of the paper's section 3.
+    Raises DataError if they are not vectors of one length, hold NaN or more than 0, or the ranking is neither; a
+    teacher's -inf is a token that it rules out, of infinite loss. Source: the token losses of the paper's section 3.
     """
     if ranking not in get_args(Ranking):
         raise DataError(f"ranking: found {ranking!r}, want one of {', '.join(get_args(Ranking))}")
@@ -34,9 +34,8 @@ def token_loss(sampled_teacher_logprobs: Float32, behaviour_logprobs: Float32, r
     if student_T.shape != teacher_T.shape:
         raise DataError(f"behaviour_logprobs: shape {student_T.shape}, want one each of {teacher_T.shape}")
     if np.isneginf(student_T).any():
-        raise DataError(
-            f"behaviour_logprobs: -inf at position {int(np.isneginf(student_T).argmax())}, want that of a token it wrote"
-        )
+        where = int(np.isneginf(student_T).argmax())
+        raise DataError(f"behaviour_logprobs: -inf at position {where}, want that of a token that was sampled")
     return student_T - teacher_T
 
 

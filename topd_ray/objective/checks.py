@@ -31,6 +31,8 @@ def raise_first(findings: Sequence[Finding]) -> None:
 
 def check_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
     """Raise DataError unless `tensor` has this shape; a text stands for any length."""
+    if not isinstance(tensor, Tensor):
+        raise DataError(f"{name} is a {type(tensor).__name__}, and should be a tensor")
     fits = tensor.ndim == len(shape) and all(
         isinstance(wanted, str) or found == wanted for found, wanted in zip(tensor.shape, shape, strict=True)
     )

@@ -127,6 +127,7 @@ def divergence(
     student_NC, teacher_NC = student_logp_NC, teacher_logp_NC.detach()
     if mask_NC is not None:
         check_shape("mask_NC", mask_NC, *student_logp_NC.shape)
+        check_dtype("mask_NC", mask_NC, "bool")
         student_NC = student_NC.masked_fill(~mask_NC, 0.0)
         teacher_NC = teacher_NC.masked_fill(~mask_NC, 0.0)
     p_NC, q_NC = student_NC.exp(), teacher_NC.exp()
@@ -194,8 +195,8 @@ def topk_divergence(
     From the student's logits [N, V], the teacher's ids and log-probs [N, K] (at the same temperature; -inf is padding,
     whatever its id), and those of the sampled token, [N]. At most `full_divergence`, equal to it at K = V, never
     negative; 0 for a row of nothing but padding. The gradient goes to the student. Raises DataError on shapes, dtypes
-    or devices that do not fit, ids out of the vocabulary or twice in a row, log-probs that are NaN, above 0 or of a mass
-    above 1, logits that are NaN or +inf, and as `full_divergence` does.
+    or devices that do not fit, ids out of the vocabulary or twice in a row, log-probs that are NaN, above 0 or of a
+    mass above 1, logits that are NaN or +inf, and as `full_divergence` does.
     Source: the per-token loss of the paper's section 3, coarse-grained as this module's head says.
     """
     check_divergence(kind, jsd_beta)
@@ -253,6 +254,8 @@ def sampled_divergence(
     """
     check_shape("student_logp_N", student_logp_N, "N")
     check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
+    check_dtype("student_logp_N", student_logp_N, "float")
+    check_dtype("teacher_logp_N", teacher_logp_N, "float")
     raise_first([not_logprobs("student_logp_N", student_logp_N), not_logprobs("teacher_logp_N", teacher_logp_N)])
 
     def columns(logp_N: Tensor) -> Tensor:
@@ -286,13 +289,15 @@ def sampled_policy_gradient(
     check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
     check_shape("behaviour_logp_N", behaviour_logp_N, *student_logp_N.shape)
     check_positive("importance_clip", importance_clip)
-    raise_first(
-        [
-            not_logprobs("student_logp_N", student_logp_N.detach()),
-            not_logprobs("teacher_logp_N", teacher_logp_N),
-            not_logprobs("behaviour_logp_N", behaviour_logp_N),
-        ]
-    )
+    sides = {
+        "student_logp_N": student_logp_N.detach(),
+        "teacher_logp_N": teacher_logp_N,
+        "behaviour_logp_N": behaviour_logp_N,
+    }
+    for name, logp_N in sides.items():
+        check_dtype(name, logp_N, "float")
+        check_device(name, logp_N, student_logp_N.device)
+    raise_first([not_logprobs(name, logp_N) for name, logp_N in sides.items()])
     return policy_gradient_loss(student_logp_N, teacher_logp_N, behaviour_logp_N, importance_clip)
 
 

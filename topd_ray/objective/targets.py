@@ -45,7 +45,8 @@ def fold_windows(
     guide (the divergent ones); none gives targets that guide nothing.
 
     Raises DataError if shapes or lengths do not fit, a window reaches outside of the response, a plan has a negative
-    entry or a row that does not sum to 1/S_m, or ids or positions are no whole numbers, ids from 0 within int32. Source: the soft target of the paper's section 4.
+    entry or a row that does not sum to 1/S_m, ids or positions are no whole numbers, or an id is not in 0..2**31 - 1.
+    Source: the soft target of the paper's section 4.
     """
     check_whole("num_tokens", num_tokens, 0)
     plan = as_floats("plan_MST", plan_MST)
@@ -88,8 +89,10 @@ def split_targets(targets: SparseTargets, num_tokens: Sequence[int]) -> list[Spa
 
     Raises DataError if the lengths do not add up to the positions.
     """
+    for length in num_tokens:
+        check_whole("num_tokens", length, 0)
     ends = np.cumsum([0, *num_tokens]).tolist()
-    if ends[-1] != targets.indptr.size - 1 or min(num_tokens, default=0) < 0:
+    if ends[-1] != targets.indptr.size - 1:
         raise DataError(
             f"num_tokens: {list(num_tokens)}, want lengths that add up to {targets.indptr.size - 1} positions"
         )
@@ -171,10 +174,10 @@ class RunningQuantile:
 
     def update(self, distances: Iterable[float]) -> None:
         """Takes in new distances, oldest first. Raises DataError, and takes none, if one is not finite."""
-        values = [float(distance) for distance in distances]
-        if not np.isfinite(values).all():
-            raise DataError(f"transport distances must be finite, got {values}")
-        self._distances.extend(values)
+        values = as_floats("distances", list(distances))
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise DataError(f"transport distances must be finite numbers, got {values.tolist()}")
+        self._distances.extend(values.tolist())
 
     @property
     def value(self) -> float:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from topd_ray.errors import DataError
-from topd_ray.objective.checks import check_dtype, check_whole, is_number
+from topd_ray.objective.checks import check_dtype, check_shape, check_whole, is_number
 from topd_ray.types import Int64
 
 Method = Literal["exact", "entropic"]
@@ -54,10 +54,11 @@ def unit_embeddings(weight_VD: Tensor) -> Tensor:
     e / |e|, on the weight's device, without gradient. Raises DataError on a weight that is not a [vocabulary, width]
     matrix or holds NaN or infinity. Source: the embeddings whose cosine is the ground cost of the paper's section 4.
     """
-    if weight_VD.ndim != 2 or weight_VD.shape[1] == 0:
-        raise DataError(f"weight_VD: shape {tuple(weight_VD.shape)}, want [vocabulary, width]")
+    check_shape("weight_VD", weight_VD, "V", "D")
+    if weight_VD.shape[1] == 0:
+        raise DataError(f"weight_VD has shape {list(weight_VD.shape)}, and should have at least one column")
     wide_VD = weight_VD.detach().to(torch.promote_types(weight_VD.dtype, torch.float32))
-    # Squares neither overflow nor vanish once a row is divided by a power of two near its largest entry: without rounding.
+    # By a power of two near its largest entry, a row is divided without rounding, and squares stay in range.
     peak_V1 = wide_VD.abs().amax(1, keepdim=True)
     power_V1 = torch.where(peak_V1 == 0.0, 1.0, peak_V1 / (2.0 * torch.frexp(peak_V1).mantissa))
     unit_VD = torch.nn.functional.normalize((wide_VD / power_V1).float(), dim=1)
@@ -102,10 +103,10 @@ def ground_cost(
     A token costs exactly 0 against itself. A zero embedding costs 1 against every other token. Costs are rounded to
     multiples of 2**-24. `embedding_VD_unit` comes from `unit_embeddings`. One product serves all windows: of all
     distinct tokens, or of the windows' rows where they repeat little. Raises DataError on ids or lengths that do not
-    fit, and on an embedding that is no matrix, or whose rows (of those tokens) are of a length other than 1 or 0. Source: c(x^T, x^S) of the paper's section 4.
+    fit, an embedding that is no matrix of floats, and a row of it that is read and not of length 1 or 0.
+    Source: c(x^T, x^S) of the paper's section 4.
     """
-    if embedding_VD_unit.ndim != 2:
-        raise DataError(f"embedding_VD_unit: shape {tuple(embedding_VD_unit.shape)}, want [vocabulary, width]")
+    check_shape("embedding_VD_unit", embedding_VD_unit, "V", "D")
     check_dtype("embedding_VD_unit", embedding_VD_unit, "float")
     num_rows, device = embedding_VD_unit.shape[0], embedding_VD_unit.device
     student, student_lengths = _windows(student_ids_MS, student_lengths_M, num_rows, "student")
@@ -161,7 +162,7 @@ def entropic_transport(
     tolerance: float = 1e-6,
     max_iterations: int = 2000,
 ) -> TransportResult:
-    """Sinkhorn's plans argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals; shapes of `exact_transport`.
+    """Sinkhorn's plans argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals. Shapes: `exact_transport`.
 
     All windows at once, in the log domain, on the cost's device. A window is done when its column sums are off by at
     most `tolerance` in sum (looked at every 16 iterations; rows are exact), or after `max_iterations`; `residual_M`
@@ -261,7 +262,8 @@ def _check_lengths(embedding_VD_unit: Tensor, rows_U: Int64) -> None:
     if not bool(is_fine_U.all()):
         at = int((~is_fine_U).nonzero()[0])
         raise DataError(
-            f"embedding_VD_unit: row {rows_U[at]} is of length {float(length_U[at]):.6g}, want 1 or 0: use unit_embeddings"
+            f"embedding_VD_unit: row {rows_U[at]} is of length {float(length_U[at]):.6g}, want 1 or 0, as from "
+            "unit_embeddings"
         )
 
 
