@@ -18,6 +18,8 @@ from topd_ray.objective.loss_data import LossSpec
 
 # Rows of the vocabulary whose weight gradient is made at once, before it is added up in float32.
 WEIGHT_GRAD_ROWS = 16384
+# What Triton reads as yes in TRITON_INTERPRET.
+INTERPRETED = ("1", "true", "yes", "on", "y")
 
 
 def make_head(
@@ -42,7 +44,7 @@ def _obstacle(hidden_ND: Tensor) -> str | None:
         return "Triton is not installed"
     if hidden_ND.dtype == torch.float64:
         return "hidden_ND is of torch.float64, which is too wide for its kernels"
-    if hidden_ND.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if hidden_ND.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0").lower() not in INTERPRETED:
         return f"hidden_ND is on {hidden_ND.device}, and its kernels run on CUDA devices"
     return None
 
