@@ -1,5 +1,6 @@
 """A loss small enough to be computed the naive way: over the full vocabulary, window by window, in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,21 @@ def full_divergence(student: Tensor, teacher: Tensor, spec: LossSpec) -> Tensor:
 
 def ours(case: Case, batch: LossBatch, spec: LossSpec = SPEC, **arguments: Any) -> Tensor:
     return topd_loss(case.hidden, case.head, batch, spec, **{**COUNTS, "head_bias": case.bias, **arguments})[0]
+
+
+def assert_gradient(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], step: float = 1e-6) -> None:
+    """The gradient along three random directions is a central difference of the loss.
+
+    `gradcheck` would ask for the gradients of one loss twice, and there are none the second time.
+    """
+    gradients = torch.autograd.grad(loss(*inputs), inputs)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        ways = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in inputs]
+        moved = [[x.detach() + size * way for x, way in zip(inputs, ways, strict=True)] for size in (step, -step)]
+        above, below = (float(loss(*arguments)) for arguments in moved)
+        found = sum(float((gradient * way).sum()) for gradient, way in zip(gradients, ways, strict=True))
+        torch.testing.assert_close(found, (above - below) / (2.0 * step), atol=1e-7, rtol=1e-6)
 
 
 def figures(case: Case, batch: LossBatch, spec: LossSpec = SPEC) -> dict[str, float]:

@@ -78,3 +78,27 @@ def test_token_loss() -> None:
         token_loss(teacher[None], student, "teacher_nll")
     with pytest.raises(DataError, match="ranking: found 'loss', want one of teacher_nll, sampled_kl"):
         token_loss(teacher, student, "loss")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.float64])
+def test_losses_of_any_dtype_rank_the_same(dtype: type) -> None:
+    assert select_candidates(np.array([0, 3, 200 if dtype is np.uint8 else -9, 5], dtype), 0.5, 1).tolist() == (
+        [2, 3] if dtype is np.uint8 else [1, 3]
+    )
+    lowest = np.array([np.iinfo(np.int32).min, 0], np.int32)
+    assert select_candidates(lowest, 0.5, 1).tolist() == [1]
+
+
+def test_refuses_what_is_no_log_prob() -> None:
+    for bad in (np.nan, 0.5, np.inf):
+        with pytest.raises(DataError, match=r"sampled_teacher_logprobs: holds .*, want log-probs: at most 0"):
+            token_loss(np.array([-1.0, bad]), np.array([-1.0, -1.0]), "teacher_nll")
+        with pytest.raises(DataError, match="behaviour_logprobs: holds"):
+            token_loss(np.array([-1.0, -1.0]), np.array([-1.0, bad]), "sampled_kl")
+    with pytest.raises(DataError, match="behaviour_logprobs: -inf at position 1"):
+        token_loss(np.array([-1.0, -np.inf]), np.array([-1.0, -np.inf]), "sampled_kl")
+    assert token_loss(np.array([-np.inf]), np.array([-1.0]), "sampled_kl").tolist() == [np.inf]
+    with pytest.raises(DataError, match=r"min_distance is 1\.5, and should be a whole number of at least 1"):
+        select_candidates(np.array([1.0]), 0.5, 1.5)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="losses_T: <U1, want numbers"):
+        select_candidates(["a"], 0.5)

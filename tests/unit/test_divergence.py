@@ -366,3 +366,42 @@ def test_sampled_divergence_of_certain_and_impossible_tokens_is_finite(kind: str
     value.sum().backward()
     assert bool(value.isfinite().all()) and bool((value >= 0.0).all()) and float(value.detach()[0]) < 1e-7
     assert student.grad is not None and bool(student.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_may_stand_in_any_column(kind: DivergenceKind) -> None:
+    student, teacher = logits_pair(9, 3, 7, 1.0, torch.float64)
+    logprobs, ids = teacher.log_softmax(1).topk(2, 1)
+    padding = torch.full((3, 1), -torch.inf, dtype=torch.float64)
+    expected = topk_divergence(student, ids, logprobs, kind, BETA)
+    for stray in (0, 99):  # whatever its id
+        found = topk_divergence(
+            student, torch.cat([torch.full((3, 1), stray), ids], 1), torch.cat([padding, logprobs], 1), kind, BETA
+        )
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    leaf = student.clone().requires_grad_()
+    nothing = topk_divergence(leaf, torch.full((3, 2), 99), padding.expand(3, 2), kind, BETA)
+    assert float(nothing.detach().abs().max()) < 1e-15
+    assert float(torch.autograd.grad(nothing.sum(), leaf)[0].abs().max()) < 1e-15
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student, teacher = (x.log_softmax(1).requires_grad_() for x in logits_pair(10, 3, 5, 1.0, torch.float64))
+    logprobs, ids = teacher.topk(2, 1)
+    row = teacher[:, 0]
+    values = (
+        divergence(student, teacher),
+        topk_divergence(student, ids, logprobs, sampled_ids=ids[:, 1], sampled_logprobs=logprobs[:, 1]),
+        topk_divergence(student, ids, logprobs),
+        sampled_policy_gradient(student[:, 0], row, row, 2.0),
+    )
+    for value in values:
+        to_student, to_teacher = torch.autograd.grad(value.sum(), (student, teacher), allow_unused=True)
+        assert to_teacher is None and bool(to_student.any())
+
+
+def test_a_support_is_at_least_float32() -> None:
+    logprobs = torch.tensor([[-0.5, -1.5]])
+    narrow = Support.build(torch.tensor([[0, 1]]), logprobs.bfloat16(), torch.tensor([2]), torch.tensor([-3.0]).half())
+    wide = Support.build(torch.tensor([[0, 1]]), logprobs, torch.tensor([2]), torch.tensor([-3.0]))
+    assert torch.equal(narrow.teacher_logp, wide.teacher_logp)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, D, N, V, figures, full_divergence, ours
+from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, D, N, V, assert_gradient, figures, full_divergence, ours
 from topd_ray.objective import LossMetrics, cap_mask, student_logprobs, topd_loss
 from topd_ray.objective.head import BLOCK_ELEMENTS
 from topd_ray.types import Metric
@@ -58,7 +58,7 @@ def test_gradient_against_finite_differences(divergence: str) -> None:
     def loss(hidden: Tensor, head: Tensor, bias: Tensor) -> Tensor:
         return topd_loss(hidden, head, batch, spec, num_tokens=N, num_guided=NUM_GUIDED, head_bias=bias)[0]
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.head, bias), fast_mode=True)
+    assert_gradient(loss, (case.hidden, case.head, bias))
 
 
 def test_policy_gradient_is_the_frozen_surrogate() -> None:

@@ -79,6 +79,11 @@ BAD_VALUES: list[tuple[str, Callable[[LossBatch], Tensor], str]] = [
     ),
     ("target_entropy", lambda b: spoilt(b.target_entropy, 1, math.nan), r"target_entropy holds nan"),
     (
+        "target_entropy",
+        lambda b: torch.where(b.target_indptr.diff() == 0, 0.5, b.target_entropy),
+        r"target_entropy of row \d+ is 0.5, and should be 0: the row has no target_weights",
+    ),
+    (
         "target_indptr",
         lambda b: b.target_indptr + 1,
         r"target_indptr goes from 1 to \d+, and should rise from 0 to \d+, the length of target_ids",
@@ -145,6 +150,15 @@ def test_bad_shapes_are_refused(field: str, change: Callable[[LossBatch], Tensor
         ({"median_N": torch.full((N,), -1.0)}, "median_N holds -1.0, and should be finite and not negative"),
         ({"num_tokens": -1.0}, "num_tokens is -1.0, and should be finite and not negative"),
         ({"num_guided": math.nan}, "num_guided is nan"),
+        ({"num_tokens": None}, "num_tokens is None, and should be finite and not negative"),
+        ({"num_guided": "3"}, "num_guided is '3', and should be finite and not negative"),
+        ({"num_vocabulary": 8.5}, "num_vocabulary is 8.5, and should be 1"),
+        ({"head_weight_VD": torch.zeros(V, D, device="meta")}, "head_weight_VD is on meta, and should be on cpu"),
+        ({"hidden_ND": [[0.0]]}, "hidden_ND is a list, and should be a tensor"),
+        (
+            {"hidden_ND": torch.zeros(N, D), "spec": replace(SPEC, kernel="triton")},
+            "torch: (Triton is not installed|hidden_ND is on cpu, and its kernels run on CUDA devices)",
+        ),
         (
             {"spec": replace(SPEC, guidance_reduction="sum"), "num_trajectories": None},
             "num_trajectories is None, and should be given: guidance_reduction=sum divides by it",
@@ -164,6 +178,11 @@ def test_float16_is_too_narrow_for_gradients_of_logits() -> None:
     with pytest.raises(DataError, match=r"torch\.float16, and should be of bfloat16 or float32"):
         ours(case, case.batch(3))
     assert bool(student_logprobs(case.hidden, case.head, case.sampled).isfinite().all())
+    for side, name in (("hidden", "hidden_ND"), ("head", "head_weight_VD")):
+        case = Case(60, torch.bfloat16)
+        setattr(case, side, getattr(case, side).detach().half().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(DataError, match=rf"{name} is of torch\.float16"):
+            ours(case, case.batch(3))
     case = Case(60, torch.float32)
     with torch.autocast("cpu", torch.float16), pytest.raises(DataError, match=r"torch\.float16, and should be"):
         ours(case, case.batch(3))
@@ -184,8 +203,14 @@ def test_caps_need_a_token_loss() -> None:
         ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
         ({"importance_clip": 0.0}, "importance_clip is 0.0"),
         ({"guidance_weight": -0.1}, "guidance_weight is -0.1, and should be finite and not negative"),
-        ({"chunk_tokens": 0}, "chunk_tokens is 0, and should be at least 1, or None"),
+        ({"chunk_tokens": 0}, "chunk_tokens is 0, and should be a whole number of at least 1"),
         ({"divergence": "jsd", "jsd_beta": 1.0}, r"jsd_beta is 1.0, and should lie inside \(0, 1\)"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens is 1.5, and should be a whole number"),
+        ({"chunk_tokens": True}, "chunk_tokens is True"),
+        ({"temperature": None}, "temperature is None, and should be finite and above 0"),
+        ({"temperature": "1"}, "temperature is '1', and should be finite and above 0"),
+        ({"guidance_weight": "1"}, "guidance_weight is '1'"),
+        ({"divergence": "jsd", "jsd_beta": "1"}, "jsd_beta is '1'"),
         ({"divergence": "jsd", "jsd_beta": math.nan}, "jsd_beta is nan"),
         ({"divergence": "kl"}, "divergence is 'kl', and should be one of reverse, forward, jsd, sampled_pg"),
         ({"method": "gkd"}, "method is 'gkd', and should be one of topd, opd"),
@@ -208,7 +233,11 @@ def test_a_loss_that_is_not_finite_names_who_is_to_blame(name: str, value: float
     message = f"the loss is nan .*: {name} holds 1 values that are NaN or infinite, of"
     with pytest.raises(NonFiniteLossError, match=message):
         ours(case, batch)
+    with pytest.raises(NonFiniteLossError, match=message):
+        token_losses(case.hidden, case.head, batch, SPEC)
     assert not ours(case, batch, check_finite=False).isfinite()
+    assert not token_losses(case.hidden, case.head, batch, SPEC, check_finite=False).isfinite().all()
+    assert not ours(case, replace(batch, capped=~batch.capped), check_finite=False).isfinite()
 
 
 def test_an_overflowing_product_is_named() -> None:
@@ -293,7 +322,7 @@ ROW = torch.full((2,), -1.0)
             "teacher_logits_NV: row 1 has",
         ),
         (lambda: full_divergence(LOGITS, LOGITS - torch.inf), "teacher_logits_NV: row 0 .* no finite logit at all"),
-        (lambda: topk_divergence(LOGITS, IDS + 1, TOPK), r"topk_ids holds the id 4, and should hold 0\.\.3"),
+        (lambda: topk_divergence(LOGITS, IDS + 1, TOPK), r"^topk_ids holds the id 4, and should hold 0\.\.3"),
         (lambda: topk_divergence(LOGITS, IDS * 0, TOPK), "row 0 holds a token twice"),
         (lambda: topk_divergence(LOGITS, IDS, TOPK * 0.1), "holds the probability 1.6.*, and should hold at most 1"),
         (lambda: topk_divergence(LOGITS, IDS, TOPK * math.nan), "logprobs holds nan, and should hold log-probs"),
@@ -307,6 +336,20 @@ ROW = torch.full((2,), -1.0)
         (lambda: sampled_divergence(ROW, ROW * math.nan), "teacher_logp_N holds nan"),
         (lambda: sampled_policy_gradient(ROW, ROW, ROW[:1], 2.0), "behaviour_logp_N has shape"),
         (lambda: sampled_policy_gradient(ROW, ROW, ROW, -2.0), "importance_clip is -2.0"),
+        (lambda: sampled_policy_gradient(ROW, ROW, -ROW, 2.0), "behaviour_logp_N holds 1.0"),
+        (lambda: sampled_policy_gradient(ROW * math.nan, ROW, ROW, 2.0), "student_logp_N holds nan"),
+        (lambda: sampled_divergence(ROW.int(), ROW), "student_logp_N is of torch.int32, and should be of a float"),
+        (lambda: divergence(LOGP, LOGP, torch.ones(2, 4)), "mask_NC is of torch.float32, and should be of a bool"),
+        (lambda: full_divergence(LOGITS, LOGITS.to("meta")), "teacher_logits_NV is on meta, and should be on cpu"),
+        (
+            lambda: topk_divergence(LOGITS, IDS, TOPK, sampled_ids=ROW, sampled_logprobs=ROW),
+            "sampled_ids is of torch.float32, and should be of a integer",
+        ),
+        (
+            lambda: topk_divergence(LOGITS, IDS, TOPK, sampled_ids=IDS[:, 0], sampled_logprobs=IDS[:, 0]),
+            "sampled_logprobs is of torch.int64, and should be of a float",
+        ),
+        (lambda: trajectory_medians(ROW * math.nan, IDS[0]), "token_loss_N holds NaN in row 0"),
         (lambda: Support.build(IDS, TOPK, IDS[:1, 0], ROW), r"sampled_logprobs has shape \[2\], and should have \[1\]"),
         (
             lambda: student_logprobs(LOGITS, LOGITS, torch.tensor([0, 2])),

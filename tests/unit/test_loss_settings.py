@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.loss_case import COUNTS, NUM_GUIDED, SPEC, Case, D, N, V, ours
+from tests.loss_case import COUNTS, NUM_GUIDED, SPEC, Case, D, N, V, assert_gradient, figures, ours
 from topd_ray.objective import LossBatch, LossSpec, student_logprobs, token_losses, topd_loss, trajectory_medians
 from topd_ray.objective.head import BLOCK_ELEMENTS, Head
 
@@ -135,9 +135,7 @@ def test_a_softcap_that_saturates_loses_no_gradient() -> None:
     case.hidden = (6.0 * case.hidden.detach()).requires_grad_()
     spec = replace(SPEC, logit_softcap=4.0)
     batch = case.batch(5)
-    assert torch.autograd.gradcheck(
-        lambda hidden, head: topd_loss(hidden, head, batch, spec, **COUNTS)[0], (case.hidden, case.head), fast_mode=True
-    )
+    assert_gradient(lambda hidden, head: topd_loss(hidden, head, batch, spec, **COUNTS)[0], (case.hidden, case.head))
     exact = case.gradients(ours(case, batch, spec))
     case.hidden, case.head = (x.detach().float().requires_grad_() for x in (case.hidden, case.head))
     for found, right in zip(case.gradients(ours(case, batch, spec)), exact, strict=True):
@@ -326,3 +324,46 @@ def test_a_chunk_follows_from_the_memory_it_may_take() -> None:
     assert sizes(20_000, 250_000, 2, needs_grad=True) == [1008] * 19 + [848]
     assert sizes(5, 100, 8, needs_grad=True) == [5]
     assert sizes(0, 100, 8, needs_grad=True) == [0]
+
+
+def test_gradients_are_handed_out_once() -> None:
+    """They have no copy: a second backward pass would scale, or add to, what the first gave away."""
+    case = Case(42)
+    loss = ours(case, case.batch(5))
+    (first,) = torch.autograd.grad(loss, case.hidden, retain_graph=True)
+    before = first.clone()
+    with pytest.raises(RuntimeError, match="topd_loss makes its gradients once"):
+        torch.autograd.grad(5 * loss, case.hidden)
+    assert torch.equal(first, before)
+    with pytest.raises(RuntimeError, match="topd_loss has no second derivative"):
+        torch.autograd.grad(ours(case, case.batch(5)), case.hidden, create_graph=True)
+
+
+def test_the_scale_of_a_loss_is_not_rounded() -> None:
+    """To bfloat16, 0.33075 would be 0.3301; the gradient is rounded once more, each value of its own."""
+    case = Case(43, torch.bfloat16)
+    (plain,) = torch.autograd.grad(ours(case, case.batch(5)), case.head)
+    (scaled,) = torch.autograd.grad(0.33075 * ours(case, case.batch(5)), case.head)
+    assert torch.equal(scaled, (plain.double() * torch.tensor(0.33075).double()).bfloat16())
+
+
+def test_teachers_of_low_precision_are_widened() -> None:
+    case = Case(44)
+    batch = case.batch(5)
+    fields = ("teacher_topk_logprobs", "teacher_sampled_logprobs")
+    narrow = replace(batch, **{name: getattr(batch, name).bfloat16() for name in fields})
+    wide = replace(batch, **{name: getattr(narrow, name).float() for name in fields})
+    assert torch.equal(ours(case, narrow), ours(case, wide))
+    assert torch.equal(*(token_losses(case.hidden, case.head, one, SPEC) for one in (narrow, wide)))
+
+
+def test_the_teachers_order_does_not_matter() -> None:
+    case = Case(45)
+    batch = case.batch(5)
+    turned = replace(
+        batch,
+        teacher_topk_ids=batch.teacher_topk_ids.flip(1),
+        teacher_topk_logprobs=batch.teacher_topk_logprobs.flip(1),
+    )
+    found, expected = figures(case, turned), figures(case, batch)
+    assert found["teacher_top1"] == expected["teacher_top1"]

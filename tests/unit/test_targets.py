@@ -145,9 +145,12 @@ def test_trajectories_fold_together_as_alone() -> None:
     targets = replace(together, positions=starts).fold(int(offsets[-1]))
     for found, (windows, length) in zip(split_targets(targets, [9, 4, 7]), parts, strict=True):
         assert_same(found, windows.fold(length))
-    for lengths in ([9, 4], [9, 4, 8], [24, -4]):
+    for lengths in ([9, 4], [9, 4, 8]):
         with pytest.raises(DataError, match=r"num_tokens: .* want lengths that add up to 20"):
             split_targets(targets, lengths)
+    for lengths in ([24, -4], [19.5, 0.5]):
+        with pytest.raises(DataError, match=r"num_tokens is .*, and should be a whole number of at least 0"):
+            split_targets(targets, lengths)  # type: ignore[arg-type]
 
 
 def one_window(
@@ -196,8 +199,8 @@ def test_no_windows_guide_nothing() -> None:
         (np.full((1, 3, 2), 1 / 2), [[1, 2]], [0], {}, "plan_MST: rows times their window's S sum to 3..3, want 1"),
         (np.array([[[1.5, -0.5]]]), [[1, 2]], [0], {}, "plan_MST: holds -0.5, want no negative entry"),
         (np.array([[[1.0, np.nan]]]), [[1, 2]], [0], {}, "plan_MST: holds nan"),
-        (np.eye(2)[None] / 2, [[1, -2]], [0], {}, "teacher_ids_MT: int64 from -2, want token ids from 0"),
-        (np.eye(2)[None] / 2, [[1, 0.5]], [0], {}, "teacher_ids_MT: float64 from 0.5, want token ids"),
+        (np.eye(2)[None] / 2, [[1, -2]], [0], {}, "teacher_ids_MT: -2..1, want token ids from 0"),
+        (np.eye(2)[None] / 2, [[1, 0.5]], [0], {}, "teacher_ids_MT: float64, want whole numbers"),
         (
             np.eye(2)[None] / 2,
             [[1, 2]],
@@ -310,3 +313,46 @@ def test_caps_without_candidates() -> None:
 def test_refuses_caps(positions: list, distances: list, mode: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         cap_mask(positions, distances, 0.3, mode, 4, np.random.default_rng(0))  # type: ignore[arg-type]
+
+
+ONE = np.eye(2)[None] / 2
+HUGE = 2**63
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: fold_windows(ONE, [[1, 2**31]], [0], 4),
+            "teacher_ids_MT: 1..2147483648, want token ids from 0 within",
+        ),
+        (
+            lambda: fold_windows(ONE, np.array([[1, HUGE]], np.uint64), [0], 4),
+            "teacher_ids_MT: holds 9223372036854775808",
+        ),
+        (lambda: fold_windows(ONE, [["a", "b"]], [0], 4), "teacher_ids_MT: <U1, want whole numbers"),
+        (lambda: fold_windows(ONE, [[1, 2]], [0.5], 4), "positions_M: float64, want whole numbers"),
+        (lambda: fold_windows(ONE, [[1, 2]], [HUGE - 1], 4), "positions_M: the window at 9223372036854775807"),
+        (lambda: fold_windows(ONE, [[1, 2]], np.array([HUGE], np.uint64), 4), "positions_M: holds 9223372036854775808"),
+        (lambda: fold_windows([["a"]], [[1, 2]], [0], 4), "plan_MST: <U1, want numbers"),
+        (lambda: fold_windows(ONE, [[1, 2]], [0], -1), "num_tokens is -1, and should be a whole number of at least 0"),
+        (lambda: pad_windows([[1], [0.5]]), "windows[1]: float64, want whole numbers"),
+        (lambda: pad_windows([["a"]]), "windows[0]: <U1, want whole numbers"),
+        (lambda: pad_windows([np.array([HUGE], np.uint64)]), "windows[0]: holds 9223372036854775808"),
+        (lambda: pad_windows([[1]], 1.5), "width is 1.5, and should be a whole number"),
+        (
+            lambda: cap_mask([0.5], [0.1], 0.3, "low_ot", 4, np.random.default_rng(0)),
+            "positions_M: float64, want whole",
+        ),
+        (lambda: cap_mask([], [], 0.3, "low_ot", -4, np.random.default_rng(0)), "num_tokens is -4"),
+        (lambda: classify([0.1], "1"), "threshold is '1', and should be a number"),
+        (lambda: classify(["a"], 0.1), "distances_M: <U1, want numbers"),
+        (lambda: RunningQuantile(0.5, 1.5), "window is 1.5, and should be a whole number of at least 1"),
+        (lambda: RunningQuantile("a", 1), "quantile is 'a', and should lie in [0, 1]"),
+        (lambda: RunningQuantile(0.5, 2).update(["a"]), "distances: <U1, want numbers"),
+        (lambda: RunningQuantile(0.5, 2).update([[0.5]]), "transport distances must be finite numbers, got [[0.5]]"),
+    ],
+)
+def test_refuses_what_is_no_number(call: Any, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        call()

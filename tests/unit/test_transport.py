@@ -309,9 +309,9 @@ def test_refuses_parameters() -> None:
     for epsilon in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(DataError, match="epsilon: found"):
             entropic_transport(cost, epsilon=epsilon)
-    with pytest.raises(DataError, match="tolerance=-1"):
+    with pytest.raises(DataError, match="tolerance: found -1"):
         entropic_transport(cost, epsilon=0.1, tolerance=-1.0)
-    with pytest.raises(DataError, match="max_iterations=0"):
+    with pytest.raises(DataError, match="max_iterations is 0"):
         entropic_transport(cost, epsilon=0.1, max_iterations=0)
     with pytest.raises(DataError, match="method: found 'greedy', want exact or entropic"):
         solve_windows(cost, method="greedy")  # type: ignore[arg-type]
@@ -338,7 +338,44 @@ def test_refuses_windows_and_embeddings() -> None:
         pad_windows([[1], []])
     with pytest.raises(DataError, match=re.escape("windows[0]: 3 tokens, want at most width=2")):
         pad_windows([[1, 2, 3]], 2)
-    with pytest.raises(DataError, match=re.escape("weight_VD: shape (3,)")):
+    with pytest.raises(DataError, match=re.escape("weight_VD has shape [3], and should have [V, D]")):
         unit_embeddings(torch.zeros(3))
     with pytest.raises(DataError, match="weight_VD: holds NaN"):
         unit_embeddings(torch.full((2, 2), torch.nan))
+    with pytest.raises(DataError, match="weight_VD is a ndarray, and should be a tensor"):
+        unit_embeddings(np.ones((2, 2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (1e-25, torch.float32),
+        (1e-44, torch.float32),
+        (3e38, torch.float32),
+        (1e-60, torch.float64),
+        (1e300, torch.float64),
+    ],
+)
+def test_rows_of_any_magnitude_get_length_one(value: float, dtype: torch.dtype) -> None:
+    unit = unit_embeddings(torch.tensor([[value, -value], [0.0, value], [0.0, 0.0]], dtype=dtype))
+    root = 0.5**0.5
+    torch.testing.assert_close(unit, torch.tensor([[root, -root], [0.0, 1.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("embedding", "message"),
+    [
+        (torch.ones(3), "embedding_VD_unit has shape [3], and should have [V, D]"),
+        (torch.ones(3, 4).int(), "embedding_VD_unit is of torch.int32, and should be of a float dtype"),
+        (torch.eye(3) * torch.tensor([1.0, 3.0, 1.0]), "embedding_VD_unit: row 1 is of length 3, want 1 or 0"),
+        (
+            torch.tensor([[1.0, 0.0], [0.0, 1.0], [torch.nan, 0.0]]),
+            "embedding_VD_unit: row 2 is of length nan, want 1 or 0",
+        ),
+    ],
+)
+def test_costs_need_unit_rows(embedding: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        ground_cost([[0, 1]], [[2, 0]], embedding)
+    if embedding.ndim == 2 and embedding.is_floating_point():  # rows that are not read may hold anything
+        assert ground_cost([[0]], [[0]], embedding).tolist() == [[[0.0]]]

@@ -33,8 +33,12 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 | `token_losses` | the losses of single tokens that caps are measured by |
 | `trajectory_medians` | their medians over trajectories, also over parts of these |
 | `student_logprobs` | log-probs of given tokens under the student |
+| `SparseTargets` | what `fold_windows` returns: weights of tokens, one row a position |
+| `DataError` | raised for arguments that cannot be right |
+| `NonFiniteLossError` | raised for a loss that is NaN or infinite |
 """
 
+from topd_ray.errors import DataError, NonFiniteLossError
 from topd_ray.objective.candidates import select_candidates, token_loss
 from topd_ray.objective.divergence import (
     Support,
@@ -70,12 +74,16 @@ from topd_ray.objective.transport import (
     solve_windows,
     unit_embeddings,
 )
+from topd_ray.types import SparseTargets
 
 __all__ = [
+    "DataError",
     "LossBatch",
     "LossMetrics",
     "LossSpec",
+    "NonFiniteLossError",
     "RunningQuantile",
+    "SparseTargets",
     "Support",
     "TransportResult",
     "cap_mask",

@@ -8,7 +8,7 @@ full vocabulary and equals it when the support is the whole vocabulary; none is 
 Axes: N tokens, V vocabulary, K top teacher tokens, C = K + 2 columns (top-k, sampled token, tail). All values in nats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from topd_ray.errors import DataError
 from topd_ray.objective.checks import (
+    check_device,
     check_dtype,
     check_one_of,
     check_positive,
     check_shape,
+    is_number,
     not_a_teacher,
     not_logprobs,
     not_normalisable,
@@ -53,13 +55,15 @@ class Support:
 
         Top-k columns of log-prob -inf (padding, whatever their id) are masked, and so is the sampled token where it is
         one of the top-k. The teacher's tail is log(1 - sum of the columns), floored at `TAIL_ROUNDINGS` roundings of
-        its dtype. Raises DataError if the shapes do not fit; does not look at values.
+        its dtype; what is narrower than float32 is widened first. Raises DataError if the shapes do not fit; does not
+        look at values.
         """
         check_shape("sampled_ids", sampled_ids, "N")
         num_tokens = sampled_ids.shape[0]
         check_shape("sampled_logprobs", sampled_logprobs, num_tokens)
         check_shape("topk_ids", topk_ids, num_tokens, "K")
         check_shape("topk_logprobs", topk_logprobs, *topk_ids.shape)
+        topk_logprobs, sampled_logprobs = _wide(topk_logprobs), _wide(sampled_logprobs)
         sampled_N1 = sampled_ids.long().unsqueeze(1)
         in_topk_NK = topk_logprobs != -torch.inf
         is_new_N1 = ~((topk_ids == sampled_N1) & in_topk_NK).any(1, keepdim=True)
@@ -104,7 +108,7 @@ def divergence(
     kind: DivergenceKind = "reverse",
     jsd_beta: float = 0.5,
 ) -> Tensor:
-    """D per token, [N] (nats), from log-probs on the same C columns; differentiable in the student.
+    """D per token, [N] (nats), from log-probs [N, C] on the same C columns; differentiable in the student only.
 
     With p the student, q the teacher, b = `jsd_beta`:
     reverse: sum_c p log(p / q).  forward: sum_c q log(q / p).
@@ -120,9 +124,10 @@ def divergence(
     check_divergence(kind, jsd_beta)
     check_shape("student_logp_NC", student_logp_NC, "N", "C")
     check_shape("teacher_logp_NC", teacher_logp_NC, *student_logp_NC.shape)
-    student_NC, teacher_NC = student_logp_NC, teacher_logp_NC
+    student_NC, teacher_NC = student_logp_NC, teacher_logp_NC.detach()
     if mask_NC is not None:
         check_shape("mask_NC", mask_NC, *student_logp_NC.shape)
+        check_dtype("mask_NC", mask_NC, "bool")
         student_NC = student_NC.masked_fill(~mask_NC, 0.0)
         teacher_NC = teacher_NC.masked_fill(~mask_NC, 0.0)
     p_NC, q_NC = student_NC.exp(), teacher_NC.exp()
@@ -151,13 +156,15 @@ def full_divergence(
 
     `divergence` of the softmax of both at `temperature`, in float32 or wider; the gradient goes to the student. A logit
     of -inf is a token that cannot be reached; where only one side rules it out it counts as log-probability -100.
-    Raises DataError on shapes that do not fit, NaN or +inf, an unknown kind, a `jsd_beta` outside of (0, 1), and a
-    temperature that is not above 0. It makes [N, V] tensors: `topd_loss` does not.
+    Raises DataError on shapes or devices that do not fit, NaN or +inf, an unknown kind, a `jsd_beta` outside of (0, 1),
+    and a temperature that is not above 0. It makes [N, V] tensors: `topd_loss` does not.
+    Source: the per-token loss of the paper's section 3.
     """
     check_positive("temperature", temperature)
     _check_logits("student_logits_NV", student_logits_NV)
     _check_logits("teacher_logits_NV", teacher_logits_NV)
     check_shape("teacher_logits_NV", teacher_logits_NV, *student_logits_NV.shape)
+    check_device("teacher_logits_NV", teacher_logits_NV, student_logits_NV.device)
     student_NV = _wide(student_logits_NV) / temperature
     teacher_NV = _wide(teacher_logits_NV).to(student_NV.dtype).detach() / temperature
     normalisers = student_NV.logsumexp(1, keepdim=True), teacher_NV.logsumexp(1, keepdim=True)
@@ -185,10 +192,12 @@ def topk_divergence(
 ) -> Tensor:
     """D per token on the teacher's top-k, the sampled token if given, and one tail, [N] (nats): the loss's own.
 
-    From the student's logits [N, V] and the teacher's log-probs [N, K] (at the same temperature; -inf is padding). At
-    most `full_divergence`, equal to it at K = V, never negative. Raises DataError on shapes that do not fit, ids out of
-    the vocabulary or twice in a row, log-probs that are NaN, above 0 or of a mass above 1, logits that are NaN or +inf,
-    and as `full_divergence` does.
+    From the student's logits [N, V], the teacher's ids and log-probs [N, K] (at the same temperature; -inf is padding,
+    whatever its id), and those of the sampled token, [N]. At most `full_divergence`, equal to it at K = V, never
+    negative; 0 for a row of nothing but padding. The gradient goes to the student. Raises DataError on shapes, dtypes
+    or devices that do not fit, ids out of the vocabulary or twice in a row, log-probs that are NaN, above 0 or of a
+    mass above 1, logits that are NaN or +inf, and as `full_divergence` does.
+    Source: the per-token loss of the paper's section 3, coarse-grained as this module's head says.
     """
     check_divergence(kind, jsd_beta)
     check_positive("temperature", temperature)
@@ -198,18 +207,34 @@ def topk_divergence(
     check_shape("topk_logprobs", topk_logprobs, *topk_ids.shape)
     if (sampled_ids is None) != (sampled_logprobs is None):
         raise DataError("sampled_ids and sampled_logprobs: one is given, and should be both or none")
+    is_topk_only = sampled_ids is None
     if sampled_ids is None or sampled_logprobs is None:
         if topk_ids.shape[1] == 0:
             raise DataError(
                 f"topk_ids has shape {list(topk_ids.shape)}, and K should be at least 1 without sampled_ids"
             )
-        sampled_ids, sampled_logprobs = topk_ids[:, 0], topk_logprobs[:, 0]
-    check_dtype("topk_ids", topk_ids, "integer")
-    check_dtype("topk_logprobs", topk_logprobs, "float")
+        # Stands for the sampled token: the likeliest of the top-k, or any token where all of them are padding.
+        best_N1 = topk_logprobs.argmax(1, keepdim=True)
+        sampled_logprobs = topk_logprobs.gather(1, best_N1).squeeze(1)
+        sampled_ids = topk_ids.gather(1, best_N1).squeeze(1).masked_fill(sampled_logprobs == -torch.inf, 0)
+    check_shape("sampled_ids", sampled_ids, num_tokens)
+    teacher = {
+        "integer": {"topk_ids": topk_ids, "sampled_ids": sampled_ids},
+        "float": {"topk_logprobs": topk_logprobs, "sampled_logprobs": sampled_logprobs},
+    }
+    for kind_of_dtype, tensors in teacher.items():
+        for name, tensor in tensors.items():
+            check_dtype(name, tensor, kind_of_dtype)
+            check_device(name, tensor, student_logits_NV.device)
     logits_NV = _wide(student_logits_NV) / temperature
+    topk_logprobs, sampled_logprobs = topk_logprobs.detach(), sampled_logprobs.detach()
     support = Support.build(
         topk_ids, topk_logprobs.to(logits_NV.dtype), sampled_ids, sampled_logprobs.to(logits_NV.dtype)
     )
+    if is_topk_only:
+        mask_NC = support.mask.clone()
+        mask_NC[:, -2] = False
+        support = replace(support, mask=mask_NC, teacher_logp=support.teacher_logp.masked_fill(~mask_NC, 0.0))
     raise_first(not_a_teacher(topk_ids, topk_logprobs, sampled_ids, sampled_logprobs, num_vocabulary))
     student_NC, log_normaliser_N = support.student_logp(*support.split(logits_NV))
     raise_first([not_normalisable("student_logits_NV", log_normaliser_N.detach())])
@@ -224,10 +249,13 @@ def sampled_divergence(
     `topk_divergence` at K = 0, for teachers that score sampled tokens only: a lower bound of `full_divergence` without
     sampling noise. (`sampled_policy_gradient` is the unbiased estimate, with noise.) Tails of fewer than
     `TAIL_ROUNDINGS` roundings of 1 count as that many. Raises DataError on shapes that do not fit, log-probs that are
-    NaN or above 0, and as `divergence` does.
+    NaN or above 0, and as `divergence` does. The gradient goes to the student.
+    Source: the per-token loss of the paper's section 3, coarse-grained as this module's head says.
     """
     check_shape("student_logp_N", student_logp_N, "N")
     check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
+    check_dtype("student_logp_N", student_logp_N, "float")
+    check_dtype("teacher_logp_N", teacher_logp_N, "float")
     raise_first([not_logprobs("student_logp_N", student_logp_N), not_logprobs("teacher_logp_N", teacher_logp_N)])
 
     def columns(logp_N: Tensor) -> Tensor:
@@ -241,8 +269,8 @@ def sampled_divergence(
 def check_divergence(kind: str, jsd_beta: float) -> None:
     """Raise DataError unless these name a divergence."""
     check_one_of("kind", kind, get_args(DivergenceKind))
-    if kind == "jsd" and not 0.0 < jsd_beta < 1.0:
-        raise DataError(f"jsd_beta is {jsd_beta}, and should lie inside (0, 1): at its ends use reverse or forward")
+    if kind == "jsd" and not (is_number(jsd_beta) and 0.0 < jsd_beta < 1.0):
+        raise DataError(f"jsd_beta is {jsd_beta!r}, and should lie inside (0, 1): at its ends use reverse or forward")
 
 
 def sampled_policy_gradient(
@@ -252,16 +280,34 @@ def sampled_policy_gradient(
 
     -(w * A).detach() * log p_S(x), advantage A = log p_T(x) - log p_S(x), truncated importance weight
     w = min(p_S(x) / p_behaviour(x), importance_clip). Its mean gradient over x ~ behaviour is that of KL(p_S || p_T)
-    wherever nothing is truncated. All three [N], in nats. Raises DataError on shapes that do not fit and a clip that is
-    not above 0.
+    wherever nothing is truncated. All three [N], in nats; the gradient goes to the student. Raises DataError on shapes
+    that do not fit, log-probs that are NaN or above 0, and a clip that is not above 0.
+    Source: the on-policy estimate of the reverse KL of the paper's section 3; truncated weights as in IMPALA's V-trace
+    (arXiv 1802.01561).
     """
     check_shape("student_logp_N", student_logp_N, "N")
     check_shape("teacher_logp_N", teacher_logp_N, *student_logp_N.shape)
     check_shape("behaviour_logp_N", behaviour_logp_N, *student_logp_N.shape)
     check_positive("importance_clip", importance_clip)
+    sides = {
+        "student_logp_N": student_logp_N.detach(),
+        "teacher_logp_N": teacher_logp_N,
+        "behaviour_logp_N": behaviour_logp_N,
+    }
+    for name, logp_N in sides.items():
+        check_dtype(name, logp_N, "float")
+        check_device(name, logp_N, student_logp_N.device)
+    raise_first([not_logprobs(name, logp_N) for name, logp_N in sides.items()])
+    return policy_gradient_loss(student_logp_N, teacher_logp_N, behaviour_logp_N, importance_clip)
+
+
+def policy_gradient_loss(
+    student_logp_N: Tensor, teacher_logp_N: Tensor, behaviour_logp_N: Tensor, importance_clip: float
+) -> Tensor:
+    """`sampled_policy_gradient` of what has been checked before."""
     frozen_N = student_logp_N.detach()
-    weight_N = (frozen_N - behaviour_logp_N).exp().clamp(max=importance_clip)
-    return -(weight_N * (_reachable(teacher_logp_N) - frozen_N)) * student_logp_N
+    weight_N = (frozen_N - behaviour_logp_N.detach()).exp().clamp(max=importance_clip)
+    return -(weight_N * (_reachable(teacher_logp_N.detach()) - frozen_N)) * student_logp_N
 
 
 def _check_logits(name: str, logits_NV: Tensor) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from topd_ray.objective.divergence import Support, divergence, sampled_policy_gradient
+from topd_ray.objective.divergence import Support, divergence, policy_gradient_loss
 from topd_ray.objective.head import Head, Picks
 from topd_ray.objective.loss_data import LossBatch, LossSpec
 from topd_ray.objective.triton_head import make_head
@@ -32,7 +31,7 @@ FIGURES = (
 
 class FusedLoss(torch.autograd.Function):
     """token_share * (sum of token losses) + guidance_share * (sum of guidance); token losses [N], guidance [N], FIGURES
-    [N, F]. The gradients are ready when the forward pass ends."""
+    [N, F]. The gradients are ready when the forward pass ends, and handed out once: they have no copy."""
 
     @staticmethod
     def forward(
@@ -57,16 +56,23 @@ class FusedLoss(torch.autograd.Function):
         token_loss_N, guidance_N, figures_NF = all_chunks(head, batch, median_N, shares)
         loss = shares[0] * token_loss_N.sum() + shares[1] * guidance_N.sum()
         ctx.save_for_backward(*head.gradients())
+        ctx.is_spent = False
         ctx.mark_non_differentiable(token_loss_N, guidance_N, figures_NF)
         return loss, token_loss_N, guidance_N, figures_NF
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        if grad.device.type != "cpu" or grad.item() != 1.0:  # on a GPU, asking would wait for it
-            # In place: a second backward through the same graph is an error, which autograd raises by itself.
-            gradients = [one if one is None else one.mul_(grad.to(one.dtype)) for one in gradients]
+        if torch.is_grad_enabled():
+            raise RuntimeError("topd_loss has no second derivative: use create_graph=False")
+        if ctx.is_spent:
+            raise RuntimeError(
+                "topd_loss makes its gradients once, and they have been taken: call it again for a second backward pass"
+            )
+        gradients, ctx.is_spent = ctx.saved_tensors, True
+        # Neither is rounded to the gradient's dtype, as a scalar tensor would be; a GPU would be waited for by `item`.
+        scale = grad.item() if grad.device.type == "cpu" else grad.reshape(1)
+        if not isinstance(scale, float) or scale != 1.0:
+            gradients = [one if one is None else one.mul_(scale) for one in gradients]
         return (*gradients, None, None, None, None, None)
 
 
@@ -136,7 +142,7 @@ def _losses(
     divergence_N = divergence(student_NC, support.teacher_logp.to(student_NC), support.mask, kind, spec.jsd_beta)
     token_loss_N = divergence_N
     if spec.divergence == "sampled_pg":
-        token_loss_N = sampled_policy_gradient(
+        token_loss_N = policy_gradient_loss(
             sampled_N,
             batch.teacher_sampled_logprobs.to(sampled_N),
             batch.behaviour_logprobs.to(sampled_N),
@@ -153,8 +159,11 @@ def _losses(
         guidance_N = guidance_N - batch.target_entropy.to(guidance_N)
     with torch.no_grad():
         mismatch_N = sampled_N - batch.behaviour_logprobs
-        # The largest logit has been shifted to 0, the teacher's likeliest token is the first.
-        top1_N = (picked_NC[:, 0] >= 0.0) & support.mask[:, 0] & bool(batch.teacher_topk_ids.shape[1])
+        top1_N = torch.zeros_like(support.is_floored)
+        if batch.teacher_topk_ids.shape[1]:
+            best_N1 = batch.teacher_topk_logprobs.argmax(1, keepdim=True)
+            # The largest logit has been shifted to 0.
+            top1_N = ((picked_NC.gather(1, best_N1) >= 0.0) & support.mask.gather(1, best_N1)).squeeze(1)
         entropy_N = -(student_NC * student_NC.exp()).sum(1)
         tails = student_NC[:, -1].exp(), support.teacher_logp[:, -1].exp()
         columns = (divergence_N, entropy_N, mismatch_N, mismatch_N.abs(), top1_N, *tails)

@@ -67,11 +67,12 @@ class Head:
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):
             product_dtype = torch.get_autocast_dtype(device)
-        if product_dtype == torch.float16 and any(needs_grad):
-            raise DataError(
-                "hidden_ND (or autocast) is of torch.float16, and should be of bfloat16 or float32: gradients are made "
-                "before a loss could be scaled up, and those of most logits are too small for float16"
-            )
+        if any(needs_grad):
+            refuse_float16("hidden_ND (or autocast)", product_dtype)
+        names = ("hidden_ND", "head_weight_VD", "head_bias")
+        for name, tensor, needs in zip(names, (hidden_ND, weight_VD, bias_V), needs_grad, strict=True):
+            if needs and tensor is not None:
+                refuse_float16(name, tensor.dtype)
         self.dtype = torch.promote_types(product_dtype, torch.float32)
         self.spec = spec
         self.num_vocabulary = num_vocabulary
@@ -228,6 +229,14 @@ class Head:
         if self._buffer_VN.numel() < num_elements:
             self._buffer_VN = self.hidden_ND.new_empty(num_elements, dtype=dtype)
         return self._buffer_VN[:num_elements].view(self.num_vocabulary, num_tokens)
+
+
+def refuse_float16(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise DataError(
+            f"{name} is of torch.float16, and should be of bfloat16 or float32: gradients are made before a loss could "
+            "be scaled up, and most are too small for float16"
+        )
 
 
 class _SortedPicks:

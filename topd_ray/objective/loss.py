@@ -10,7 +10,7 @@ Log-probabilities in nats, at the rollout's temperature.
 import torch
 from torch import Tensor
 
-from topd_ray.objective.checks import check_shape
+from topd_ray.objective.checks import check_device, check_dtype, check_shape, raise_first
 from topd_ray.objective.fused import FIGURES, FusedLoss, all_chunks
 from topd_ray.objective.head import Head, Picks
 from topd_ray.objective.loss_checks import (
@@ -56,31 +56,35 @@ def topd_loss(
     The three counts are those of the whole batch, over all micro-batches and ranks, so that the losses of the
     micro-batches add up to the batch loss; a count of 0 makes its part 0.
 
-    `hidden_ND` and `head_weight_VD` may be of any float dtype but float16: the product runs in it (under autocast, in
-    its dtype), the rest in float32 (float64 for float64). Rows of the head from `num_vocabulary` on pad it: they get no
-    probability, and no gradient. N = 0 gives a zero that is connected to the graph.
+    `hidden_ND` and `head_weight_VD` may be of any float dtype, but float16 if it needs a gradient: the product runs in
+    it (under autocast, in its dtype), the rest in float32 (float64 for float64). Rows of the head from `num_vocabulary`
+    on pad it: they get no probability, and no gradient. N = 0 gives a zero that is connected to the graph.
 
     A batch may hold a part of a trajectory (context parallelism): the losses of the parts add up. Only caps need the
     whole: pass `median_N`, [N], the median of each token's whole trajectory (`token_losses`, `trajectory_medians`).
     Without it, medians are taken over the tokens of `batch`, after a forward pass of its own.
 
-    Raises DataError on shapes that do not fit, token ids outside of the vocabulary, log-probs that are NaN or of more
-    than all the probability, weights that are negative or do not sum to a number of windows, caps under `sampled_pg`,
-    and `sum` without `num_trajectories`; NonFiniteLossError if the loss is not finite, naming the argument to blame.
+    Gradients are made with the loss, and handed out once, without a copy: a second backward pass through the same loss
+    raises RuntimeError, and so does one with `create_graph`.
+
+    Raises DataError on shapes, dtypes or devices that do not fit, token ids outside of the vocabulary, log-probs that
+    are NaN or of more than all the probability, weights that are negative or do not sum to a number of windows, an
+    entropy without weights, caps under `sampled_pg`, and counts that are negative or missing; NonFiniteLossError if the
+    loss is not finite, naming the argument to blame.
     With `check_finite` off, NaN in the batch and the loss are left to the caller, who reads the loss: ranks that train
     together must find out together.
     Source: L_TOPD, the paper's section 4; the cap, its down-weighting ablation.
     """
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
     check_counts(spec, {"num_tokens": num_tokens, "num_guided": num_guided, "num_trajectories": num_trajectories})
-    any_capped = check_batch(batch, spec, len(hidden_ND), num_vocabulary, median_N, allow_nan=not check_finite)
+    any_capped = check_batch(batch, spec, hidden_ND, num_vocabulary, median_N, allow_nan=not check_finite)
     token_share, guidance_share = 1.0 / num_tokens if num_tokens else 0.0, 0.0
     normaliser = num_guided if spec.guidance_reduction == "mean" else num_trajectories
     if spec.method == "topd" and normaliser:
         guidance_share = spec.guidance_weight / normaliser
     if any_capped and median_N is None:
         head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
-        median_N = trajectory_medians(_token_losses(head, batch), batch.segment_ids)
+        median_N = _medians(_token_losses(head, batch), batch.segment_ids)
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients for nobody
         hidden_ND, head_weight_VD = hidden_ND.detach(), head_weight_VD.detach()
         head_bias = None if head_bias is None else head_bias.detach()
@@ -103,25 +107,52 @@ def token_losses(
     *,
     head_bias: Tensor | None = None,
     num_vocabulary: int | None = None,
+    check_finite: bool = True,
 ) -> Tensor:
     """l_t of every token before caps, [N] (nats), without gradient: what the medians of caps are taken of.
 
-    Raises DataError as `topd_loss` does.
+    Arguments, dtypes and errors (DataError, NonFiniteLossError) as those of `topd_loss`; with `check_finite` off, NaN
+    is left to the caller. Under `sampled_pg` values mean nothing, and there is nothing to cap.
+    Source: the token loss of the paper's section 3.
     """
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
-    check_batch(batch, spec, len(hidden_ND), num_vocabulary)
+    check_batch(batch, spec, hidden_ND, num_vocabulary, allow_nan=not check_finite)
     head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
-    return _token_losses(head, batch)
+    token_loss_N = _token_losses(head, batch)
+    if check_finite:
+        loss = token_loss_N.sum()
+        if not bool(loss.isfinite()):
+            weight = head_weight_VD[:num_vocabulary]
+            inputs = {"hidden_ND": hidden_ND, "head_weight_VD": weight, "head_bias": head_bias}
+            raise_non_finite(loss, token_loss_N, inputs)
+    return token_loss_N
 
 
 def trajectory_medians(token_loss_N: Tensor, segment_ids: Tensor) -> Tensor:
     """The median of the losses of each token's own segment, [N]; that of an even number is the mean of the middle two.
 
-    Under context parallelism, gather both arguments from all ranks first, and keep the own tokens of the result. Raises
-    DataError on shapes that do not fit.
+    Losses are floats [N] (nats), segments integers [N], in any order. Under context parallelism, gather both arguments
+    from all ranks first, and keep the own tokens of the result. Raises DataError on shapes or dtypes that do not fit,
+    and on NaN. Source: the sample median of the paper's down-weighting ablation.
     """
     check_shape("token_loss_N", token_loss_N, "N")
+    check_dtype("token_loss_N", token_loss_N, "float")
     check_shape("segment_ids", segment_ids, len(token_loss_N))
+    check_dtype("segment_ids", segment_ids, "integer")
+    check_device("segment_ids", segment_ids, token_loss_N.device)
+    is_nan_N = token_loss_N.isnan()
+    raise_first(
+        [
+            (
+                is_nan_N.any(),
+                lambda: f"token_loss_N holds NaN in row {int(is_nan_N.nonzero()[0])}, and should hold numbers",
+            )
+        ]
+    )
+    return _medians(token_loss_N, segment_ids)
+
+
+def _medians(token_loss_N: Tensor, segment_ids: Tensor) -> Tensor:
     _, segment_N, counts = torch.unique(segment_ids, return_inverse=True, return_counts=True)
     order_N = token_loss_N.argsort()
     order_N = order_N[segment_N[order_N].argsort(stable=True)]
@@ -144,11 +175,14 @@ def student_logprobs(
 ) -> Tensor:
     """log p_S of one given token per row, [N] (nats), without gradient: the pre-flight check of scoring paths.
 
-    Arguments and errors as in `LossSpec` and `topd_loss`.
+    From hidden states [N, D], the head's weight [V, D] (and bias [V]) and token ids [N], integers; the arguments after
+    them are those of `LossSpec` and `topd_loss`, and so is the arithmetic. NaN gives NaN: the ranks have to find out
+    together. Raises DataError on shapes, dtypes or devices that do not fit, ids outside of the vocabulary, and settings
+    out of range. Source: log p_S of the paper's section 3.
     """
     spec = LossSpec(temperature=temperature, logit_softcap=logit_softcap, chunk_tokens=chunk_tokens)
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
-    check_token_ids(token_ids, hidden_ND.shape[0], num_vocabulary)
+    check_token_ids(token_ids, hidden_ND, num_vocabulary)
     head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
     parts = []
     for rows in head.chunks():

@@ -12,8 +12,10 @@ from torch import Tensor
 from topd_ray.errors import DataError, NonFiniteLossError
 from topd_ray.objective.checks import (
     Finding,
+    check_device,
     check_dtype,
     check_shape,
+    is_number,
     not_a_teacher,
     not_logprobs,
     outside_vocabulary,
@@ -32,19 +34,22 @@ def check_head(hidden_ND: Tensor, head_weight_VD: Tensor, head_bias: Tensor | No
     check_dtype("hidden_ND", hidden_ND, "float")
     check_shape("head_weight_VD", head_weight_VD, "V", hidden_ND.shape[1])
     check_dtype("head_weight_VD", head_weight_VD, "float")
+    check_device("head_weight_VD", head_weight_VD, hidden_ND.device)
     num_rows = head_weight_VD.shape[0]
     if head_bias is not None:
         check_shape("head_bias", head_bias, num_rows)
         check_dtype("head_bias", head_bias, "float")
+        check_device("head_bias", head_bias, hidden_ND.device)
     if num_vocabulary is None:
         num_vocabulary = num_rows
-    if not 1 <= num_vocabulary <= num_rows:
+    if not is_number(num_vocabulary) or num_vocabulary not in range(1, num_rows + 1):
         raise DataError(f"num_vocabulary is {num_vocabulary}, and should be 1..{num_rows}, the rows of head_weight_VD")
     return num_vocabulary
 
 
-def check_token_ids(token_ids: Tensor, num_tokens: int, num_vocabulary: int) -> None:
-    check_shape("token_ids", token_ids, num_tokens)
+def check_token_ids(token_ids: Tensor, hidden_ND: Tensor, num_vocabulary: int) -> None:
+    check_shape("token_ids", token_ids, len(hidden_ND))
+    check_device("token_ids", token_ids, hidden_ND.device)
     check_dtype("token_ids", token_ids, "integer")
     raise_first([outside_vocabulary("token_ids", token_ids, num_vocabulary)])
 
@@ -52,14 +57,14 @@ def check_token_ids(token_ids: Tensor, num_tokens: int, num_vocabulary: int) -> 
 def check_batch(
     batch: LossBatch,
     spec: LossSpec,
-    num_tokens: int,
+    hidden_ND: Tensor,
     num_vocabulary: int,
     median_N: Tensor | None = None,
     *,
     allow_nan: bool = False,
 ) -> bool:
-    """Raise DataError for a batch that is not one of `num_tokens` tokens; return whether any token is capped."""
-    _check_shapes(batch, num_tokens, median_N)
+    """Raise DataError for a batch that is not one of these hidden states; return whether any token is capped."""
+    _check_tensors(batch, hidden_ND, median_N)
     any_capped = batch.capped.any()
     findings = [
         *not_a_teacher(
@@ -68,6 +73,7 @@ def check_batch(
             batch.sampled_ids,
             batch.teacher_sampled_logprobs,
             num_vocabulary,
+            prefix="teacher_",
             allow_nan=allow_nan,
         ),
         not_logprobs("behaviour_logprobs", batch.behaviour_logprobs, allow_nan=allow_nan),
@@ -85,7 +91,9 @@ def check_batch(
     return bool(is_capped)
 
 
-def _check_shapes(batch: LossBatch, num_tokens: int, median_N: Tensor | None) -> None:
+def _check_tensors(batch: LossBatch, hidden_ND: Tensor, median_N: Tensor | None) -> None:
+    """Shapes, dtypes and devices."""
+    num_tokens = len(hidden_ND)
     check_shape("teacher_topk_ids", batch.teacher_topk_ids, num_tokens, "K")
     num_columns = batch.teacher_topk_ids.shape[1]
     wanted: dict[str, dict[str, tuple[int | str, ...]]] = {
@@ -109,8 +117,11 @@ def _check_shapes(batch: LossBatch, num_tokens: int, median_N: Tensor | None) ->
         for name, shape in shapes.items():
             check_shape(name, getattr(batch, name), *shape)
             check_dtype(name, getattr(batch, name), kind)
+            check_device(name, getattr(batch, name), hidden_ND.device)
     if median_N is not None:
         check_shape("median_N", median_N, num_tokens)
+        check_dtype("median_N", median_N, "float")
+        check_device("median_N", median_N, hidden_ND.device)
 
 
 def _guidance_findings(batch: LossBatch, num_vocabulary: int, allow_nan: bool) -> list[Finding]:
@@ -121,6 +132,7 @@ def _guidance_findings(batch: LossBatch, num_vocabulary: int, allow_nan: bool) -
     running = torch.cat([weights_Z.new_zeros(1, dtype=torch.float64), weights_Z.double().cumsum(0)])
     sums_N = running[indptr.clamp(0, num_targets).long()].diff()
     is_odd_N = (sums_N - sums_N.round()).abs() > WINDOW_SLACK * sums_N.clamp(min=1.0)
+    is_orphan_N = (batch.target_entropy > ROUNDING) & (sums_N <= WINDOW_SLACK)
     return [
         (
             is_broken,
@@ -139,6 +151,13 @@ def _guidance_findings(batch: LossBatch, num_vocabulary: int, allow_nan: bool) -
             ),
         ),
         _negative("target_entropy", batch.target_entropy, allow_nan),
+        (
+            is_orphan_N.any(),
+            lambda: (
+                f"target_entropy of row {int(is_orphan_N.nonzero()[0])} is "
+                f"{float(batch.target_entropy[is_orphan_N][0])}, and should be 0: the row has no target_weights"
+            ),
+        ),
     ]
 
 
@@ -153,8 +172,11 @@ def _negative(name: str, values: Tensor, allow_nan: bool) -> Finding:
 def check_counts(spec: LossSpec, counts: Mapping[str, float | None]) -> None:
     """Raise DataError unless the totals of the batch can be divided by."""
     for name, count in counts.items():
-        if count is not None and not (math.isfinite(count) and count >= 0.0):
-            raise DataError(f"{name} is {count}, and should be finite and not negative")
+        if count is None and name == "num_trajectories":
+            continue
+        is_one = is_number(count) or (isinstance(count, Tensor) and count.numel() == 1)
+        if count is None or not (is_one and math.isfinite(count) and count >= 0.0):
+            raise DataError(f"{name} is {count!r}, and should be finite and not negative")
     if spec.guidance_reduction == "sum" and counts["num_trajectories"] is None:
         raise DataError("num_trajectories is None, and should be given: guidance_reduction=sum divides by it")
 

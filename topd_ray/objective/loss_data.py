@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from topd_ray.errors import DataError
-from topd_ray.objective.checks import check_one_of, check_positive
+from topd_ray.objective.checks import check_one_of, check_positive, check_whole, is_number
 from topd_ray.objective.divergence import DivergenceKind, check_divergence
 from topd_ray.types import Metric
 
@@ -59,38 +59,43 @@ class LossSpec:
         check_positive("importance_clip", self.importance_clip)
         if self.logit_softcap is not None:
             check_positive("logit_softcap", self.logit_softcap)
-        if not (math.isfinite(self.guidance_weight) and self.guidance_weight >= 0.0):
-            raise DataError(f"guidance_weight is {self.guidance_weight}, and should be finite and not negative")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise DataError(f"chunk_tokens is {self.chunk_tokens}, and should be at least 1, or None")
+        weight = self.guidance_weight
+        if not (is_number(weight) and math.isfinite(weight) and weight >= 0.0):
+            raise DataError(f"guidance_weight is {weight!r}, and should be finite and not negative")
+        if self.chunk_tokens is not None:
+            check_whole("chunk_tokens", self.chunk_tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossBatch:
-    """What the teacher said about N response tokens; whole trajectories, unless medians for the caps are passed in."""
+    """What the teacher said about N response tokens; whole trajectories, unless medians for the caps are passed in.
+
+    All on one device. Floats of any width: what is narrower than float32 is widened first. Values are looked at by
+    `topd_loss`, not here.
+    """
 
     sampled_ids: Tensor
-    """[N]"""
+    """[N] integer, the tokens of the response"""
     teacher_topk_ids: Tensor
-    """[N, K]"""
+    """[N, K] integer, in any order, each token once"""
     teacher_topk_logprobs: Tensor
-    """[N, K]; -inf marks padding"""
+    """[N, K] float, nats at the rollout's temperature; -inf marks padding, whatever its id"""
     teacher_sampled_logprobs: Tensor
-    """[N]; -inf for a token that the teacher rules out"""
+    """[N] float, nats; -inf for a token that the teacher rules out"""
     behaviour_logprobs: Tensor
-    """[N], under the policy that wrote the tokens"""
+    """[N] float, nats, under the policy that wrote the tokens"""
     capped: Tensor
     """[N] bool"""
     segment_ids: Tensor
-    """[N], which trajectory a token belongs to"""
+    """[N] integer, which trajectory a token belongs to"""
     target_indptr: Tensor
-    """[N + 1], row pointers into target_ids and target_weights"""
+    """[N + 1] integer, row pointers into target_ids and target_weights, from 0 to Z"""
     target_ids: Tensor
-    """[Z]"""
+    """[Z] integer, the tokens that the guidance teaches"""
     target_weights: Tensor
-    """[Z]; the weights of a row sum to the number of windows that cover it"""
+    """[Z] float, no unit; the weights of a row sum to the number of windows that cover it"""
     target_entropy: Tensor
-    """[N], the entropies of the soft targets of these windows, summed"""
+    """[N] float, nats, the entropies of the soft targets of these windows, summed; 0 where none covers"""
 
     def rows(self, start: int, stop: int) -> "LossBatch":
         """Tokens start .. stop - 1 as a batch of their own."""

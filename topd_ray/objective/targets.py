@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topd_ray.errors import DataError
-from topd_ray.objective.transport import Values, as_numpy, checked_lengths
+from topd_ray.objective.checks import check_whole, is_number
+from topd_ray.objective.transport import Values, as_floats, as_whole, checked_lengths
 from topd_ray.types import Int64, SparseTargets
 
 Float64 = NDArray[np.float64]
@@ -44,11 +45,13 @@ def fold_windows(
     guide (the divergent ones); none gives targets that guide nothing.
 
     Raises DataError if shapes or lengths do not fit, a window reaches outside of the response, a plan has a negative
-    entry or a row that does not sum to 1/S_m, or an id is negative. Source: the soft target of the paper's section 4.
+    entry or a row that does not sum to 1/S_m, ids or positions are no whole numbers, or an id is not in 0..2**31 - 1.
+    Source: the soft target of the paper's section 4.
     """
-    plan = as_numpy(plan_MST).astype(np.float64, copy=False)
-    ids = as_numpy(teacher_ids_MT)
-    starts = as_numpy(positions_M).astype(np.int64)
+    check_whole("num_tokens", num_tokens, 0)
+    plan = as_floats("plan_MST", plan_MST)
+    ids = as_whole("teacher_ids_MT", teacher_ids_MT)
+    starts = as_whole("positions_M", positions_M)
     if plan.ndim != 3 or starts.shape != plan.shape[:1] or ids.shape != (plan.shape[0], plan.shape[2]):
         raise DataError(
             f"plan_MST, teacher_ids_MT, positions_M: shapes {plan.shape}, {ids.shape}, {starts.shape}, "
@@ -86,8 +89,10 @@ def split_targets(targets: SparseTargets, num_tokens: Sequence[int]) -> list[Spa
 
     Raises DataError if the lengths do not add up to the positions.
     """
+    for length in num_tokens:
+        check_whole("num_tokens", length, 0)
     ends = np.cumsum([0, *num_tokens]).tolist()
-    if ends[-1] != targets.indptr.size - 1 or min(num_tokens, default=0) < 0:
+    if ends[-1] != targets.indptr.size - 1:
         raise DataError(
             f"num_tokens: {list(num_tokens)}, want lengths that add up to {targets.indptr.size - 1} positions"
         )
@@ -136,12 +141,14 @@ def unfold(
 def classify(distances_M: Values, threshold: float) -> NDArray[np.bool_]:
     """[M], true (a real fork) where distance > threshold, false (a false alarm) at or below it.
 
-    Raises DataError if the distances are not a vector, or one of them or the threshold is NaN.
+    Both in units of the ground cost. Raises DataError if the distances are not a vector of numbers, or one of them or
+    the threshold is NaN. Source: real and false divergent points of the paper's section 4.
     """
-    distances = as_numpy(distances_M)
+    distances = as_floats("distances_M", distances_M)
     if distances.ndim != 1:
         raise DataError(f"distances_M: shape {distances.shape}, want a vector, one distance a window")
-    distances = distances.astype(np.float64, copy=False)
+    if not is_number(threshold):
+        raise DataError(f"threshold is {threshold!r}, and should be a number")
     if np.isnan(threshold) or np.isnan(distances).any():
         raise DataError(f"distances_M: {distances.tolist()} against threshold={threshold}, want no NaN")
     divergent_M: NDArray[np.bool_] = distances > threshold
@@ -151,23 +158,26 @@ def classify(distances_M: Values, threshold: float) -> NDArray[np.bool_]:
 class RunningQuantile:
     """Quantile of the latest `window` transport distances: the line between false alarms and real forks.
 
-    Linear interpolation between order statistics (numpy's default). Depends on nothing but the distances in the order
-    they came, and `state` holds all of it.
+    Linear interpolation between order statistics (numpy's default), in units of the ground cost. Depends on nothing but
+    the distances in the order they came, and `state` holds all of it. Raises DataError for a quantile outside of [0, 1]
+    and a window that is not a whole number of at least 1.
+    Source: this package's; the paper's section 4 leaves the threshold of D_OT open.
     """
 
     def __init__(self, quantile: float, window: int) -> None:
-        if not 0.0 <= quantile <= 1.0 or window < 1:
-            raise DataError(f"quantile={quantile} must lie in [0, 1] and window={window} be at least 1")
+        if not (is_number(quantile) and 0.0 <= quantile <= 1.0):
+            raise DataError(f"quantile is {quantile!r}, and should lie in [0, 1]")
+        check_whole("window", window, 1)
         self.quantile = quantile
         self.window = window
         self._distances: deque[float] = deque(maxlen=window)
 
     def update(self, distances: Iterable[float]) -> None:
         """Takes in new distances, oldest first. Raises DataError, and takes none, if one is not finite."""
-        values = [float(distance) for distance in distances]
-        if not np.isfinite(values).all():
-            raise DataError(f"transport distances must be finite, got {values}")
-        self._distances.extend(values)
+        values = as_floats("distances", list(distances))
+        if values.ndim != 1 or not np.isfinite(values).all():
+            raise DataError(f"transport distances must be finite numbers, got {values.tolist()}")
+        self._distances.extend(values.tolist())
 
     @property
     def value(self) -> float:
@@ -203,7 +213,8 @@ def cap_mask(
     """
     if mode not in get_args(CapMode):
         raise DataError(f"mode: found {mode!r}, want one of {', '.join(get_args(CapMode))}")
-    positions = as_numpy(positions_M).astype(np.int64)
+    check_whole("num_tokens", num_tokens, 0)
+    positions = as_whole("positions_M", positions_M)
     divergent_M = classify(distances_M, threshold)
     if positions.shape != divergent_M.shape:
         raise DataError(f"positions_M: shape {positions.shape} for {divergent_M.shape} distances, want one each")
@@ -228,13 +239,14 @@ def _check_windows(
     teacher_lengths: Int64,
 ) -> None:
     ends = starts + student_lengths
-    for m in np.flatnonzero((starts < 0) | (ends > num_tokens)):
+    for m in np.flatnonzero((starts < 0) | (starts > num_tokens - student_lengths)):  # ends may overflow
         raise DataError(
             f"positions_M: the window at {starts[m]} ends at {ends[m]}, want it in the response's {num_tokens} tokens"
         )
     inside_MT = np.arange(ids.shape[1]) < teacher_lengths[:, None]
-    if ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids[inside_MT].min() < 0):
-        raise DataError(f"teacher_ids_MT: {ids.dtype} from {ids[inside_MT].min()}, want token ids from 0")
+    own_ids = ids[inside_MT]
+    if own_ids.size and (own_ids.min() < 0 or own_ids.max() > np.iinfo(np.int32).max):
+        raise DataError(f"teacher_ids_MT: {own_ids.min()}..{own_ids.max()}, want token ids from 0 within int32")
     inside_MS = np.arange(plan.shape[1]) < student_lengths[:, None]
     ragged = not (inside_MS.all() and inside_MT.all())
     own = np.where(inside_MS[:, :, None] & inside_MT[:, None, :], plan, 0.0) if ragged else plan

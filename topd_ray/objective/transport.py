@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from topd_ray.errors import DataError
+from topd_ray.objective.checks import check_dtype, check_shape, check_whole, is_number
 from topd_ray.types import Int64
 
 Method = Literal["exact", "entropic"]
@@ -31,6 +32,10 @@ CHECK_EVERY = 16
 # Up to this many times the pairs asked for, all distinct pairs of tokens in one product are measured to be the faster:
 # the windows' own rows would have to be copied first.
 DISTINCT_PAIRS = 2
+# How far the length of a row may be from 1: that of a unit row that was rounded to bfloat16 is not further.
+LENGTH_TOLERANCE = 1e-2
+# All of them would take as long as their product.
+ROWS_LOOKED_AT = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,13 +51,19 @@ class TransportResult:
 
 
 def unit_embeddings(weight_VD: Tensor) -> Tensor:
-    """Rows scaled to length 1, float32 [V, D]; a zero row stays zero. Done once per model.
+    """Rows of [V, D] scaled to length 1, float32, whatever their magnitude; a zero row stays zero. Once per model.
 
-    Raises DataError on a weight that is not a [vocabulary, width] matrix or holds NaN or infinity.
+    e / |e|, on the weight's device, without gradient. Raises DataError on a weight that is not a [vocabulary, width]
+    matrix or holds NaN or infinity. Source: the embeddings whose cosine is the ground cost of the paper's section 4.
     """
-    if weight_VD.ndim != 2:
-        raise DataError(f"weight_VD: shape {tuple(weight_VD.shape)}, want [vocabulary, width]")
-    unit_VD = torch.nn.functional.normalize(weight_VD.detach().float(), dim=1, eps=1e-30)
+    check_shape("weight_VD", weight_VD, "V", "D")
+    if weight_VD.shape[1] == 0:
+        raise DataError(f"weight_VD has shape {list(weight_VD.shape)}, and should have at least one column")
+    wide_VD = weight_VD.detach().to(torch.promote_types(weight_VD.dtype, torch.float32))
+    # By a power of two near its largest entry, a row is divided without rounding, and squares stay in range.
+    peak_V1 = wide_VD.abs().amax(1, keepdim=True)
+    power_V1 = torch.where(peak_V1 == 0.0, 1.0, peak_V1 / (2.0 * torch.frexp(peak_V1).mantissa))
+    unit_VD = torch.nn.functional.normalize((wide_VD / power_V1).float(), dim=1)
     if not bool(unit_VD.isfinite().all()):
         raise DataError("weight_VD: holds NaN or infinity, want finite embeddings")
     return unit_VD
@@ -61,10 +72,12 @@ def unit_embeddings(weight_VD: Tensor) -> Tensor:
 def pad_windows(windows: Sequence[ArrayLike], width: int | None = None) -> tuple[Int64, Int64]:
     """M windows of token ids as one array: ids [M, width], filled up with 0, and lengths [M].
 
-    `width` is the longest window unless given. Raises DataError on an empty window, one that is not a vector, or one
-    longer than `width`.
+    `width` is the longest window unless given. Raises DataError on an empty window, one that is not a vector of whole
+    numbers, or one longer than `width`.
     """
-    rows = [np.asarray(window) for window in windows]
+    if width is not None:
+        check_whole("width", width, 0)
+    rows = [as_whole(f"windows[{m}]", window) for m, window in enumerate(windows)]
     for m, row in enumerate(rows):
         if row.ndim != 1 or row.size == 0:
             raise DataError(f"windows[{m}]: shape {row.shape}, want a vector of at least one token id")
@@ -92,8 +105,12 @@ def ground_cost(
     A token costs exactly 0 against itself. A zero embedding costs 1 against every other token. Costs are rounded to
     multiples of 2**-24. `embedding_VD_unit` comes from `unit_embeddings`. One product serves all windows: of all
     distinct tokens, or of the windows' rows where they repeat little. Raises DataError on ids or lengths that do not
-    fit. Source: c(x^T, x^S) of the paper's section 4.
+    fit, an embedding that is no matrix of floats, and a row of it that is read (512 are looked at) and not of length 1
+    or 0.
+    Source: c(x^T, x^S) of the paper's section 4.
     """
+    check_shape("embedding_VD_unit", embedding_VD_unit, "V", "D")
+    check_dtype("embedding_VD_unit", embedding_VD_unit, "float")
     num_rows, device = embedding_VD_unit.shape[0], embedding_VD_unit.device
     student, student_lengths = _windows(student_ids_MS, student_lengths_M, num_rows, "student")
     teacher, teacher_lengths = _windows(teacher_ids_MT, teacher_lengths_M, num_rows, "teacher")
@@ -102,6 +119,7 @@ def ground_cost(
     shape = len(student), student.shape[1], teacher.shape[1]
     rows_U, row_MS = _distinct(student, num_rows)
     columns_U, column_MT = _distinct(teacher, num_rows)
+    _check_lengths(embedding_VD_unit, np.concatenate([rows_U, columns_U]))
     if rows_U.size * columns_U.size <= DISTINCT_PAIRS * max(1, math.prod(shape)):
         pairs_UU = _cosine(embedding_VD_unit, rows_U, columns_U)
         cosine_MST = pairs_UU.flatten()[_on(row_MS[:, :, None] * columns_U.size + column_MT[:, None, :], device)]
@@ -116,11 +134,12 @@ def ground_cost(
 def exact_transport(
     cost_MST: Values, student_lengths_M: Values | None = None, teacher_lengths_M: Values | None = None
 ) -> TransportResult:
-    """min over couplings of <plan, cost>, exactly, for each window: D_OT of the paper's section 4.
+    """min over couplings of <plan, cost>, exactly, for each window, from costs [M, S, T] and lengths [M].
 
     On one CPU core, without holding the interpreter's lock; of several optimal plans always the same one is taken. The
     first call in a process loads the solver (0.5 s) and the first on a machine compiles it (some seconds).
-    Raises DataError on costs or lengths that do not fit, and on costs that are NaN, infinite or beyond 1e100.
+    The distance is in the cost's units, plans are float64 [M, S, T]. Raises DataError on costs or lengths that do not
+    fit, and on costs that are NaN, infinite or beyond 1e100. Source: D_OT of the paper's section 4.
     """
     from topd_ray.objective.exact_solver import solve  # numba: only who solves pays for its import
 
@@ -146,7 +165,7 @@ def entropic_transport(
     tolerance: float = 1e-6,
     max_iterations: int = 2000,
 ) -> TransportResult:
-    """Sinkhorn's plans argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals.
+    """Sinkhorn's plans argmin <plan, cost> - epsilon * H(plan), rounded to exact marginals. Shapes: `exact_transport`.
 
     All windows at once, in the log domain, on the cost's device. A window is done when its column sums are off by at
     most `tolerance` in sum (looked at every 16 iterations; rows are exact), or after `max_iterations`; `residual_M`
@@ -157,11 +176,13 @@ def entropic_transport(
     with entropy, and P*, optimal without, <P_eps, C> - <P*, C> <= epsilon * (H(P_eps) - H(P*)), where H(P_eps) <=
     log S + log T and H(P*) >= log max(S, T); the last term is what the stop and the rounding can add.
     Raises DataError on costs or lengths that do not fit, costs that are not finite, and parameters out of range.
+    Source: D_OT of the paper's section 4, with the entropy of Cuturi (2013).
     """
-    if not 0.0 < epsilon < np.inf:
-        raise DataError(f"epsilon: found {epsilon}, want a positive number")
-    if not tolerance >= 0.0 or max_iterations < 1:
-        raise DataError(f"tolerance={tolerance} must be at least 0 and max_iterations={max_iterations} at least 1")
+    if not (is_number(epsilon) and 0.0 < epsilon < np.inf):
+        raise DataError(f"epsilon: found {epsilon!r}, want a positive number")
+    if not (is_number(tolerance) and tolerance >= 0.0):
+        raise DataError(f"tolerance: found {tolerance!r}, want a number of at least 0")
+    check_whole("max_iterations", max_iterations, 1)
     cost, student_lengths, teacher_lengths = _problem(cost_MST, student_lengths_M, teacher_lengths_M)
     inside_MST = _on(_inside(student_lengths, teacher_lengths, tuple(cost.shape)), cost.device)
     a_MS = _marginal(student_lengths, cost.shape[1], cost.device)
@@ -237,6 +258,20 @@ def _distinct(ids: Int64, num_rows: int) -> tuple[Int64, Int64]:
     return distinct_U, rank_V[ids]
 
 
+def _check_lengths(embedding_VD_unit: Tensor, rows_U: Int64) -> None:
+    """Of up to `ROWS_LOOKED_AT` of these rows: who forgot to scale them has scaled none."""
+    rows_U = rows_U[:: -(-rows_U.size // ROWS_LOOKED_AT) or 1]
+    rows = embedding_VD_unit[_on(rows_U, embedding_VD_unit.device)]
+    length_U = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    is_fine_U = ((length_U - 1.0).abs() <= LENGTH_TOLERANCE) | (length_U == 0.0)  # false for NaN
+    if not bool(is_fine_U.all()):
+        at = int((~is_fine_U).nonzero()[0])
+        raise DataError(
+            f"embedding_VD_unit: row {rows_U[at]} is of length {float(length_U[at]):.6g}, want 1 or 0, as from "
+            "unit_embeddings"
+        )
+
+
 def _cosine(embedding_VD_unit: Tensor, rows: Int64, columns: Int64) -> Tensor:
     device = embedding_VD_unit.device
     return embedding_VD_unit[_on(rows, device)].double() @ embedding_VD_unit[_on(columns, device)].double().T
@@ -249,7 +284,7 @@ def _problem(
     if isinstance(cost_MST, Tensor):
         cost = cost_MST.detach().double()
     else:
-        cost = torch.from_numpy(np.require(cost_MST, np.float64, ["C", "W"]))
+        cost = torch.from_numpy(np.require(as_floats("cost_MST", cost_MST), np.float64, ["C", "W"]))
     if cost.ndim != 3 or (len(cost) and not cost.numel()):
         raise DataError(f"cost_MST: shape {tuple(cost.shape)}, want [windows, student, teacher] with no empty window")
     num, num_student, num_teacher = cost.shape
@@ -268,7 +303,7 @@ def checked_lengths(lengths_M: Values | None, num_windows: int, width: int, name
     """Lengths as int64 [M], all `width` for None. Raises DataError, naming `name`, unless each is 1 to `width`."""
     if lengths_M is None:
         return np.full(num_windows, width, np.int64)
-    lengths = as_numpy(lengths_M)
+    lengths = _array(name, lengths_M)
     if lengths.shape != (num_windows,) or not (np.issubdtype(lengths.dtype, np.integer) or not lengths.size):
         raise DataError(f"{name}: {lengths.dtype} of shape {lengths.shape}, want {num_windows} whole numbers")
     if lengths.size and (lengths.min() < 1 or lengths.max() > width):
@@ -278,7 +313,7 @@ def checked_lengths(lengths_M: Values | None, num_windows: int, width: int, name
 
 def _windows(ids: Values, lengths_M: Values | None, num_rows: int, side: str) -> tuple[Int64, Int64]:
     """Token ids, 0 past the lengths, and the lengths, checked."""
-    ids_MK = as_numpy(ids)
+    ids_MK = _array(f"{side}_ids", ids)
     if ids_MK.ndim != 2 or (len(ids_MK) and not ids_MK.size):
         raise DataError(f"{side}_ids: shape {ids_MK.shape}, want [windows, tokens] with no empty window")
     if ids_MK.size and not np.issubdtype(ids_MK.dtype, np.integer):
@@ -306,6 +341,31 @@ def _marginal(lengths_M: Int64, width: int, device: torch.device) -> Tensor:
 def as_numpy(values: Values) -> NDArray[Any]:
     """An array of a tensor on any device, or of whatever numpy takes."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _array(name: str, values: Values) -> NDArray[Any]:
+    try:
+        return as_numpy(values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: {error}, want an array") from error
+
+
+def as_floats(name: str, values: Values) -> NDArray[np.float64]:
+    """Numbers as float64. Raises DataError, naming `name`, on what holds anything else."""
+    found = _array(name, values)
+    if found.size and found.dtype.kind not in "fiub":
+        raise DataError(f"{name}: {found.dtype}, want numbers")
+    return found.astype(np.float64, copy=False)
+
+
+def as_whole(name: str, values: Values) -> Int64:
+    """Whole numbers as int64. Raises DataError, naming `name`, on what is of another dtype or beyond int64."""
+    found = _array(name, values)
+    if found.size and found.dtype.kind not in "iu":
+        raise DataError(f"{name}: {found.dtype}, want whole numbers")
+    if found.dtype == np.uint64 and found.size and found.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{name}: holds {found.max()}, want whole numbers within int64")
+    return found.astype(np.int64, copy=False)
 
 
 def _on(values: NDArray[Any], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ no measurement on a GPU exists yet, so `LossSpec.kernel = "triton"` has to ask f
 Axes: N tokens of a chunk, V rows of the vocabulary, D hidden width, P picked logits.
 """
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -17,6 +18,8 @@ from topd_ray.objective.loss_data import LossSpec
 
 # Rows of the vocabulary whose weight gradient is made at once, before it is added up in float32.
 WEIGHT_GRAD_ROWS = 16384
+# What Triton reads as yes in TRITON_INTERPRET.
+INTERPRETED = ("1", "true", "yes", "on", "y")
 
 
 def make_head(
@@ -29,12 +32,21 @@ def make_head(
     needs_grad: tuple[bool, bool, bool] = (False, False, False),
 ) -> Head:
     """The head that `spec.kernel` asks for. Raises DataError if it asks for Triton in vain."""
-    dtype = hidden_ND.dtype
-    is_able = find_spec("triton") is not None and dtype != torch.float64
-    if spec.kernel == "triton" and not is_able:
-        raise DataError(f"kernel is triton, and should be torch: Triton is not installed, or {dtype} is too wide")
+    if spec.kernel == "triton" and (obstacle := _obstacle(hidden_ND)):
+        raise DataError(f"kernel is triton, and should be torch: {obstacle}")
     kind = TritonHead if spec.kernel == "triton" and len(hidden_ND) else Head
     return kind(hidden_ND, weight_VD, bias_V, spec, num_vocabulary=num_vocabulary, needs_grad=needs_grad)
+
+
+def _obstacle(hidden_ND: Tensor) -> str | None:
+    """Why the kernels cannot run on these hidden states."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if hidden_ND.dtype == torch.float64:
+        return "hidden_ND is of torch.float64, which is too wide for its kernels"
+    if hidden_ND.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0").lower() not in INTERPRETED:
+        return f"hidden_ND is on {hidden_ND.device}, and its kernels run on CUDA devices"
+    return None
 
 
 class TritonHead(Head):
