@@ -71,10 +71,10 @@ class Problem:
         return loss.item()
 
     def floor(self) -> None:
-        """The three products that no loss can do without."""
+        """The three products that no loss can do without, as [vocabulary, tokens]: the faster way on a CPU."""
         with torch.no_grad():
-            logits = self.hidden @ self.head.T
-            _ = logits @ self.head, logits.T @ self.hidden
+            logits_VN = self.head @ self.hidden.T
+            _ = logits_VN.T @ self.head, logits_VN @ self.hidden
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
