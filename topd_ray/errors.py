@@ -33,8 +33,12 @@ class WeightSyncError(TopdError, RuntimeError):
     """A rollout engine does not serve the weights it should."""
 
 
-class StalePolicyError(TopdError, RuntimeError):
-    """A trajectory was written by a policy version that the mode of the run does not allow."""
+class WorkerLostError(TopdError, RuntimeError):
+    """A worker is gone without which the run cannot go on from where it is."""
+
+
+class PayloadLostError(TopdError, RuntimeError):
+    """Trajectories cannot be fetched: the worker or the node that held them is gone."""
 
 
 class NonFiniteLossError(TopdError, RuntimeError):

@@ -69,7 +69,7 @@ def test_nothing_to_draw_from() -> None:
 
 def test_requests() -> None:
     prompts = [Prompt(prompt_id=name, token_ids=(1,)) for name in ("a", "b")]
-    requests = rollout_requests(list(product((0, 1), prompts)), samples_per_prompt=2, run_seed=7)
+    requests = rollout_requests(list(product((0, 1), prompts)), samples=(0, 1), run_seed=7)
     assert [request.trajectory_id for request in requests] == [
         "a/0/0", "a/0/1", "b/0/0", "b/0/1", "a/1/0", "a/1/1", "b/1/0", "b/1/1",
     ]  # fmt: skip
@@ -77,5 +77,5 @@ def test_requests() -> None:
     assert len(set(seeds)) == 8
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert seeds[0] == 600618070
-    assert rollout_requests([(1, prompts[1])], samples_per_prompt=2, run_seed=7) == requests[6:]
-    assert {r.seed for r in rollout_requests([(0, prompts[0])], samples_per_prompt=2, run_seed=8)}.isdisjoint(seeds)
+    assert rollout_requests([(1, prompts[1])], samples=(0, 1), run_seed=7) == requests[6:]
+    assert {r.seed for r in rollout_requests([(0, prompts[0])], samples=(0, 1), run_seed=8)}.isdisjoint(seeds)

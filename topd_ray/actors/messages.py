@@ -12,6 +12,11 @@ class RolloutChunk:
     """Trajectories that finished together, as one record batch behind `handle`."""
 
     handle: Handle
+    trajectory_ids: tuple[str, ...]
+    """in the order of the rows, as what follows"""
+    policy_versions: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    """response tokens"""
     metrics: tuple[Metric, ...]
 
 

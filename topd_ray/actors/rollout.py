@@ -124,6 +124,9 @@ class RolloutWorker:
         num_tokens = sum(t.num_response_tokens for t in trajectories)
         return RolloutChunk(
             handle=self._store.put(batch),
+            trajectory_ids=tuple(t.trajectory_id for t in trajectories),
+            policy_versions=tuple(t.policy_version for t in trajectories),
+            num_tokens=tuple(t.num_response_tokens for t in trajectories),
             metrics=(
                 Metric(key="rollout/response_tokens", sum=num_tokens, count=len(trajectories)),
                 Metric(

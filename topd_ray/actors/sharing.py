@@ -1,7 +1,7 @@
 """How work is shared out among workers of a kind, and how their answers are put together."""
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from topd_ray.actors.messages import GuidedItem, WeightsBundle
 from topd_ray.engines.packing import balance, cost
@@ -12,9 +12,27 @@ from topd_ray.weights.checksum import WeightReceipt
 Item = TypeVar("Item")
 
 
+class WithRequest(Protocol):
+    """Something that stands for one rollout."""
+
+    @property
+    def request(self) -> RolloutRequest: ...
+
+
+HasRequest = TypeVar("HasRequest", bound=WithRequest)
+
+
 def split_evenly(items: Sequence[Item], num_shares: int) -> list[Sequence[Item]]:
     """Every n-th item to the n-th worker; workers without an item are left out."""
     return [share for i in range(num_shares) if (share := items[i::num_shares])]
+
+
+def by_prompt(tasks: Iterable[HasRequest]) -> list[list[HasRequest]]:
+    """The samples of each prompt together, prompts in the order of their first."""
+    prompts: dict[tuple[str, int], list[HasRequest]] = {}
+    for task in tasks:
+        prompts.setdefault((task.request.prompt.prompt_id, task.request.epoch), []).append(task)
+    return list(prompts.values())
 
 
 def split_requests(requests: Sequence[RolloutRequest], num_workers: int) -> list[list[RolloutRequest]]:

@@ -29,6 +29,7 @@ class ContradictionError(ValueError):
 def contradictions(config: "TopdConfig") -> Iterator[Contradiction]:
     """Every contradiction in `config`."""
     yield from _of_batch(config)
+    yield from _of_pipeline(config)
     yield from _of_objective(config)
     yield from _of_learner(config)
     yield from _of_evaluation(config)
@@ -51,6 +52,15 @@ def _of_batch(config: "TopdConfig") -> Iterator[Contradiction]:
             text=f"found {budget} tokens of one forward pass for trajectories of up to "
             f"{config.data.max_prompt_tokens} + {config.rollout.max_new_tokens}; right would be at least {longest}, "
             "or one_trajectory",
+        )
+
+
+def _of_pipeline(config: "TopdConfig") -> Iterator[Contradiction]:
+    if config.run.deterministic and config.pipeline.max_staleness > 0:
+        yield Contradiction(
+            keys=("run.deterministic", "pipeline.max_staleness"),
+            text=f"found max_staleness {config.pipeline.max_staleness}, with which a batch depends on who is done "
+            "first; right would be max_staleness 0, or deterministic false",
         )
 
 

@@ -257,10 +257,38 @@ class BufferConfig(Section):
     """The trajectory buffer: references to record batches in Ray's object store."""
 
     max_bytes: PositiveInt = 2 * 1024**3
-    """Bytes of referenced record batches; above it, producers wait. A synchronous run takes a batch out only when it is
-    whole, and stops with an error if one batch does not fit."""
-    lease_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
-    """A leased trajectory that is not acknowledged within this time is handed out again."""
+    """Bytes of referenced record batches; above it, producers wait. The learner takes a batch out only when it is
+    whole, and the run stops with an error if one batch does not fit."""
+
+
+class PipelineConfig(Section):
+    """How far rollouts, teacher and learner may overlap."""
+
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates the learner may be ahead of the policy that wrote a trajectory when it is trained on. 0: synchronous, and
+    exactly on-policy. Above, rollouts go on while the learner learns; a trajectory that has become too old is dropped,
+    counted and drawn again, and importance weights (objective.importance_*) correct for the older policy."""
+    on_new_weights: Literal["finish", "interrupt"] = "interrupt"
+    """What becomes of responses that are being written when a new policy arrives. `interrupt`: they go on under it from
+    where they are (each token keeps the log-prob it was drawn with, and the trajectory counts as old as its first
+    token). `finish`: the engine ends them first, and begins no others until it serves the new policy."""
+
+
+class FaultsConfig(Section):
+    """What happens when workers, nodes or inputs fail."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = 5
+    """Restarts of one worker within `window_seconds`; one more ends the run. A restart of the learner takes all workers
+    with it, and the run goes on from its last checkpoint."""
+    window_seconds: Annotated[float, Field(gt=0.0)] = 600.0
+    """See `max_restarts`."""
+    stall_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
+    """A worker that has work and delivers nothing for this long counts as lost."""
+    replace_seconds: Annotated[float, Field(gt=0.0)] = 900.0
+    """How long a lost worker may take to be back, its place on a node and the loading of its model included."""
+    max_attempts: Annotated[int, Field(ge=2)] = 4
+    """Failures of a worker that one input may be part of. The last two attempts are made with the input alone on a
+    worker; if both fail, it is put into quarantine (quarantine.jsonl) and the run goes on without it."""
 
 
 class WeightsConfig(Section):
@@ -346,6 +374,8 @@ class TopdConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()
     buffer: BufferConfig = BufferConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    faults: FaultsConfig = FaultsConfig()
     weights: WeightsConfig = WeightsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -30,6 +30,11 @@ class PromptSchedule:
         self._position = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
+    @property
+    def position(self) -> int:
+        """Prompts drawn so far, over all epochs."""
+        return self._position
+
     def take(self) -> list[tuple[int, int]]:
         """The next step's prompts, each as (epoch, index)."""
         positions = range(self._position, self._position + self._prompts_per_step)
@@ -72,9 +77,9 @@ class PromptSchedule:
 
 
 def rollout_requests(
-    draws: Sequence[tuple[int, Prompt]], *, samples_per_prompt: int, run_seed: int
+    draws: Sequence[tuple[int, Prompt]], *, samples: Sequence[int], run_seed: int
 ) -> list[RolloutRequest]:
-    """`samples_per_prompt` requests for each (epoch, prompt), with seeds of 31 bits bound to what is asked for."""
+    """A request for each of `samples` of each (epoch, prompt), with seeds of 31 bits bound to what is asked for."""
     return [
         RolloutRequest(
             prompt=prompt,
@@ -83,7 +88,7 @@ def rollout_requests(
             seed=int.from_bytes(_digest(run_seed, prompt.prompt_id, sample, epoch)[:4]) >> 1,
         )
         for epoch, prompt in draws
-        for sample in range(samples_per_prompt)
+        for sample in samples
     ]
 
 

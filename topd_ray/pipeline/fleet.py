@@ -1,49 +1,53 @@
-"""What a training step asks of the workers, whether they are Ray actors or objects in this process."""
+"""What the driver asks of the workers, whether they are Ray actors or objects in this process."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, Lease, RolloutChunk
+from topd_ray.actors.events import Event
+from topd_ray.actors.messages import GuidedItem, LearnerCheck, RolloutChunk
 from topd_ray.actors.traffic import Traffic
-from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
+from topd_ray.types import Completions, Prompt, RolloutRequest
 
 
-class Buffer(Protocol):
-    """The trajectory buffer as the step sees it."""
+class FlowFleet(Protocol):
+    """Commands that return at once, and the events that answer them. Workers count from 0."""
 
-    def put(self, items: Sequence[GuidedItem]) -> int: ...
+    def write(self, worker: int, requests: Sequence[RolloutRequest]) -> None:
+        """Have a rollout worker write one trajectory per request (Written)."""
+        ...
 
-    def take(self, num_items: int) -> Lease | None: ...
+    def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
+        """Have a teacher worker guide trajectories (Guided, GuideUnreadable)."""
+        ...
 
-    def acknowledge(self, lease_id: int) -> None: ...
+    def learn(self, items: Sequence[GuidedItem]) -> None:
+        """Apply one update (Learned, LearnUnreadable). One at a time."""
+        ...
+
+    def publish(self) -> None:
+        """Make every rollout worker serve the learner's policy (Published, one a worker)."""
+        ...
+
+    def wait(self) -> Sequence[Event]:
+        """What has happened, after something has, or after a moment.
+
+        Raises WorkerLostError where the run has to go on from its last checkpoint, and what a worker raises for
+        reasons of its own.
+        """
+        ...
 
 
-class Fleet(Protocol):
-    """All workers of a run."""
+class Fleet(FlowFleet, Protocol):
+    """All workers of a run. What follows is done when it returns, and asked between two updates."""
 
     traffic: Traffic
     """Bytes the driver has received from workers so far."""
     learner_attention: str
     """Name of the attention implementation that the learner has chosen."""
 
-    @property
-    def buffer(self) -> Buffer: ...
-
-    def rollout(self, requests: Sequence[RolloutRequest]) -> Iterable[RolloutChunk]:
-        """Start writing one trajectory per request."""
-        ...
-
-    def look_ahead(self, rollouts: Iterable[RolloutChunk], threshold: float) -> Iterator[GuidedChunk]:
-        """Guide trajectories as they finish."""
-        ...
-
-    def learn(self, items: Sequence[GuidedItem]) -> UpdateReport:
-        """Apply one update."""
-        ...
-
     def publish_weights(self) -> int:
-        """Make every rollout worker serve the learner's policy; return the version all of them acknowledged."""
+        """Publish; return the version that all rollout workers acknowledged."""
         ...
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:

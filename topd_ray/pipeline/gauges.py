@@ -1,0 +1,46 @@
+"""What a flow measures between two updates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from topd_ray.actors.messages import GuidedItem
+from topd_ray.metrics.timing import IdleTime, Stopwatch
+from topd_ray.types import Metric
+
+
+class Gauges:
+    """Metrics of workers as they come in, and the driver's own: stages, waiting times, ages, restarts."""
+
+    def __init__(self, num_rollouts: int, num_teachers: int) -> None:
+        self.watch = Stopwatch()
+        self._idle = {"rollout": IdleTime(num_rollouts), "teacher": IdleTime(num_teachers), "learner": IdleTime(1)}
+        self._counts = {"rollout/tokens": 0, "teacher/tokens": 0}
+        self._counts |= {"faults/restarts_rollout": 0, "faults/restarts_teacher": 0}
+        self._metrics: list[Metric] = []
+
+    def add(self, metrics: Iterable[Metric]) -> None:
+        """What workers report."""
+        self._metrics += metrics
+
+    def busy(self, role: str, worker: int) -> None:
+        self._idle[role].busy(worker)
+
+    def idle(self, role: str, worker: int) -> None:
+        self._idle[role].idle(worker)
+
+    def count(self, key: str, number: int) -> None:
+        self._counts[key] += number
+
+    def trained(self, items: Sequence[GuidedItem], version: int) -> None:
+        """How many updates the policies of `items` were behind the learner's `version`."""
+        ages = [version - item.policy_version for item in items]
+        self._metrics.append(Metric(key="staleness/mean", sum=sum(ages), count=len(ages)))
+        self._metrics.append(Metric(key="staleness/max", sum=max(ages)))
+
+    def take(self, figures: Mapping[str, float]) -> tuple[Metric, ...]:
+        """`figures`, and everything since the last call."""
+        waiting = {f"waiting/{role}": idle.take() for role, idle in self._idle.items()}
+        own = {**figures, **self._counts, **waiting}
+        metrics = (*self._metrics, *self.watch.take(), *(Metric(key=key, sum=value) for key, value in own.items()))
+        self._metrics = []
+        self._counts = dict.fromkeys(self._counts, 0)
+        return metrics
