@@ -1,52 +1,72 @@
 """All workers of a run as Ray actors. Payloads pass between them by reference; the driver sees counts and handles."""
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from tqdm import tqdm
 
-from topd_ray.actors.buffer import TrajectoryBuffer
-from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray, worker_environment
-from topd_ray.actors.learner import LearnerWorker
-from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, Lease, Normalisers, RolloutChunk
-from topd_ray.actors.nodes import check_nodes
-from topd_ray.actors.parts import learner_part, rollout_part, teacher_part, threads
-from topd_ray.actors.placement import Need, check_local_fit, cluster_nodes, local_cores, needs, reserve
-from topd_ray.actors.rollout import RolloutWorker
-from topd_ray.actors.sharing import (
-    balance_ranks,
-    check_receipts,
-    merge_reports,
-    split_evenly,
-    split_requests,
+from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray
+from topd_ray.actors.crew import Crew, Slot
+from topd_ray.actors.events import (
+    Event,
+    Guided,
+    GuideUnreadable,
+    Learned,
+    LearnUnreadable,
+    Lost,
+    Published,
+    Ready,
+    Written,
 )
-from topd_ray.actors.store import RayStore
-from topd_ray.actors.teacher import TeacherWorker
+from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
+from topd_ray.actors.nodes import check_nodes
+from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve
+from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
-from topd_ray.errors import LearnerError, NonFiniteLossError, RolloutError, TeacherError, TopdError, WeightSyncError
+from topd_ray.errors import (
+    LearnerError,
+    NonFiniteLossError,
+    PayloadLostError,
+    RolloutError,
+    TeacherError,
+    TopdError,
+    WorkerLostError,
+)
 from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
 
 POLL_SECONDS = 0.5
-TEACHER_CALLS_IN_FLIGHT = 2
-"""Calls a teacher worker holds: one on its engine, one whose transport runs or that waits for the engine."""
 SAVE_SECONDS = 60.0
 """How long the learner ranks may take to save a batch whose loss is not finite."""
-Item = TypeVar("Item")
-DEAD_WORKER = {"rollout": RolloutError, "teacher": TeacherError, "learner": LearnerError}
+FAILED = {"rollout": RolloutError, "teacher": TeacherError, "learner": LearnerError}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """A call of an actor that has not been answered."""
+
+    kind: str
+    slot: Slot
+    sources: tuple[RolloutChunk, ...] = ()
+    """of `guide`"""
+    bundle: ray.ObjectRef | None = None
+    """of `update_weights`"""
+    deadline: float
+    limit: str
+    """the setting that the deadline comes from"""
 
 
 class RayFleet:
     """Starts Ray (or joins a cluster), reserves room, builds the workers, and passes handles between them.
 
-    `check_interrupt` is called while the driver waits for rollouts and teachers; what it raises goes to the caller.
+    A rollout or teacher worker that is lost is made anew, within `faults.max_restarts`. `check_interrupt` is called
+    while the driver waits for what may be broken off; what it raises goes to the caller.
     """
 
     def __init__(
@@ -55,10 +75,16 @@ class RayFleet:
         self._config = config
         self._check_interrupt = check_interrupt
         self.traffic = Traffic()
-        self._roles: dict[str, str] = {}
+        self._calls: dict[ray.ObjectRef, Call] = {}
+        self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
+        self._newest: ray.ObjectRef | None = None
+        """the bundle of the newest weights"""
+        self._reports: dict[int, UpdateReport | None] = {}
+        """of the learner ranks that have answered; None where the batch could not be read"""
+        self._looked_at = time.monotonic()
         start_ray(config)
         try:
-            self._build_workers(total_updates)
+            self._build(total_updates)
         except BaseException:
             ray.shutdown()
             raise
@@ -70,7 +96,7 @@ class RayFleet:
             check_local_fit(config, num_cores=local_cores(), num_gpus=torch.cuda.device_count())
         check_run_folder(config.run.folder)
 
-    def _build_workers(self, total_updates: int) -> None:
+    def _build(self, total_updates: int) -> None:
         config = self._config
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
         group = reserve(
@@ -80,87 +106,206 @@ class RayFleet:
             check_interrupt=self._check_interrupt,
         )
         check_nodes(config, wanted, group)
-        placed = [
-            (need, PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index))
-            for index, need in enumerate(wanted)
-        ]
-        store = RayStore()
-        self.buffer = RemoteBuffer(config, self._fetch)
-        self._rollouts = [
-            self._actor(RolloutWorker, need, at, **rollout_part(config), store=store)
-            for need, at in placed
-            if need.role == "rollout"
-        ]
-        self._teachers = [
-            self._actor(TeacherWorker, need, at, **teacher_part(config), store=store)
-            for need, at in placed
-            if need.role == "teacher"
-        ]
-        self._learners = [
-            self._actor(
-                LearnerWorker,
-                need,
-                at,
-                **learner_part(config, rank=need.index, total_updates=total_updates),
-                store=store,
-            )
-            for need, at in placed
-            if need.role == "learner"
-        ]
-        meeting = self._fetch([self._learners[0].rendezvous.remote()])[0] if len(self._learners) > 1 else None
-        loading = [learner.setup.remote(meeting) for learner in self._learners]
-        loading += [worker.setup.remote() for worker in [*self._rollouts, *self._teachers]]
-        arriving = self._as_they_come(loading, interruptible=True)
-        loaded = dict(tqdm(arriving, total=len(loading), desc="loading", unit="worker", disable=None, leave=False))
-        self.learner_attention: str = loaded[loading[0]]
+        self._crew = Crew(config, wanted, group, total_updates)
+        self._rollouts = self._crew.of("rollout")
+        self._teachers = self._crew.of("teacher")
+        self._learners = self._crew.of("learner")
+        self._is_starting = True
+        for slot in self._crew.slots:
+            self._crew.make(slot)
+        several = len(self._learners) > 1
+        meeting = self._fetch([self._learners[0].actor.rendezvous.remote()])[0] if several else None
+        for slot in [*self._learners, *self._rollouts, *self._teachers]:
+            self._set_up(slot, *([meeting] if slot.role == "learner" else []))
+        num_slots = len(self._crew.slots)
+        with tqdm(total=num_slots, desc="loading", unit="worker", disable=None, leave=False) as progress:
+            while progress.n < num_slots:
+                self._check_interrupt()
+                self.wait()
+                progress.update(sum(slot.is_ready for slot in self._crew.slots) - progress.n)
+        self._is_starting = False
 
-    def rollout(self, requests: Sequence[RolloutRequest]) -> "Streams[RolloutChunk]":
-        shares = split_requests(requests, len(self._rollouts))
-        whole = self._config.run.deterministic
-        return Streams(
-            self,
-            [
-                worker.generate.options(num_returns="streaming").remote(share, whole=whole)
-                for worker, share in zip(self._rollouts, shares, strict=False)
-            ],
-        )
+    # Commands
 
-    def look_ahead(self, rollouts: Iterable[RolloutChunk], threshold: float) -> Iterator[GuidedChunk]:
-        """Hand finished trajectories to the teachers while others are still being written.
+    def write(self, worker: int, requests: Sequence[RolloutRequest]) -> None:
+        slot = self._rollouts[worker]
+        if slot.num_writing == 0:
+            slot.heard_at = time.monotonic()
+        slot.num_writing += len(requests)
+        self._call("submit", slot, slot.actor.submit.remote(requests, whole=self._config.run.deterministic))
 
-        Deterministic runs give each rollout worker's whole share to one teacher, in a fixed order.
-        """
-        if self._config.run.deterministic:
-            futures = [
-                self._teachers[index % len(self._teachers)].look_ahead.remote([chunk], threshold)
-                for index, chunk in enumerate(rollouts)
-            ]
-            yield from self._fetch(futures, interruptible=True)
-            return
-        assert isinstance(rollouts, Streams), "Ray actors read what rollout() started"
-        waiting: list[RolloutChunk] = []
-        in_flight: dict[ray.ObjectRef, int] = {}
-        while rollouts.open or waiting or in_flight:
-            if idle := self._idle_teachers(in_flight):
-                for teacher, share in zip(idle, split_evenly(waiting, len(idle)), strict=False):
-                    in_flight[self._teachers[teacher].look_ahead.remote(share, threshold)] = teacher
-                waiting = []
-            ready = self._wait([*rollouts.open, *in_flight])
-            for future in [future for future in ready if future in in_flight]:
-                del in_flight[future]
-                yield self._fetch([future])[0]
-            waiting += rollouts.collect([stream for stream in ready if stream in rollouts.open])
+    def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
+        slot = self._teachers[teacher]
+        self._call("guide", slot, slot.actor.look_ahead.remote(chunks, threshold), sources=tuple(chunks))
 
-    def learn(self, items: Sequence[GuidedItem]) -> UpdateReport:
+    def learn(self, items: Sequence[GuidedItem]) -> None:
         shares = balance_ranks(items, len(self._learners))
         normalisers = Normalisers.of(items)
-        futures = [
-            learner.learn.remote(share, normalisers) for learner, share in zip(self._learners, shares, strict=True)
-        ]
+        self._reports = {}
+        for slot, share in zip(self._learners, shares, strict=True):
+            self._call("learn", slot, slot.actor.learn.remote(share, normalisers))
+
+    def publish(self) -> None:
+        packing = [slot.actor.pack_weights.remote() for slot in self._learners]
+        self._newest = packing[0]
+        for slot, future in zip(self._learners, packing, strict=True):
+            self._call("pack", slot, future)
+        for slot in self._rollouts:
+            if slot.is_ready:
+                self._send_weights(slot)
+
+    def _send_weights(self, slot: Slot) -> None:
+        """Not by way of the driver: the worker gets the learner's answer."""
+        interrupt = self._config.pipeline.on_new_weights == "interrupt"
+        future = slot.actor.update_weights.remote(self._newest, interrupt=interrupt)
+        self._call("update_weights", slot, future, bundle=self._newest)
+
+    def _set_up(self, slot: Slot, *args: Any) -> None:
+        self._call("setup", slot, slot.actor.setup.remote(*args))
+
+    def _call(self, kind: str, slot: Slot, future: ray.ObjectRef, **details: Any) -> None:
+        faults = self._config.faults
+        limit = "faults.stall_seconds", faults.stall_seconds
+        if kind == "setup":
+            limit = "faults.replace_seconds", faults.replace_seconds
+        elif kind == "update_weights" and self._config.pipeline.on_new_weights == "interrupt":
+            limit = "weights.timeout_seconds", self._config.weights.timeout_seconds
+        self._calls[future] = Call(
+            kind=kind,
+            slot=slot,
+            deadline=time.monotonic() + limit[1],
+            limit=f"{limit[0]}={limit[1]:g}",
+            **details,
+        )
+
+    # Events
+
+    def wait(self) -> list[Event]:
+        """What has happened, after at least something has, or half a second."""
+        waitables = [*self._calls, *self._streams]
+        ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(waitables, num_returns=1, timeout=POLL_SECONDS)
+        events: list[Event] = []
+        for one in ready:
+            if one in self._streams:
+                events += self._hear_stream(one)
+            elif one in self._calls:  # and its worker has not been lost a moment ago
+                events += self._hear(one)
+        return events + self._late()
+
+    def _hear_stream(self, stream: ray.ObjectRefGenerator) -> list[Event]:
+        slot = self._streams[stream]
         try:
-            return merge_reports(self._fetch(futures))
+            chunk = self._result(next(stream))
+        except StopIteration:
+            return [self._lose(slot, "it has stopped serving")]
+        except (TopdError, RayError) as error:
+            return [self._lose(slot, error)]
+        slot.num_writing -= len(chunk.trajectory_ids)
+        slot.heard_at = time.monotonic()
+        return [Written(worker=slot.index, chunk=chunk)]
+
+    def _hear(self, future: ray.ObjectRef) -> list[Event]:
+        call = self._calls.pop(future)
+        try:
+            result = self._result(future)
         except NonFiniteLossError:
-            raise NonFiniteLossError("; ".join(self._failures(futures))) from None
+            others = [one for one, other in self._calls.items() if other.kind == "learn"]
+            raise NonFiniteLossError("; ".join(self._failures([future, *others]))) from None
+        except PayloadLostError as error:
+            return self._unreadable(call, error)
+        except (TopdError, RayError) as error:
+            return self._failed(call, error)
+        return self._answered(call, result)
+
+    def _answered(self, call: Call, result: Any) -> list[Event]:
+        slot = call.slot
+        match call.kind:
+            case "guide":
+                return [Guided(teacher=slot.index, sources=call.sources, chunk=result)]
+            case "learn":
+                return self._learnt(slot.index, result)
+            case "update_weights":
+                bundles = ray.get([one for one in (call.bundle, self._newest) if one is not None])
+                slot.version = check_receipt(slot.index, bundles, result)
+                return [Published(worker=slot.index, version=slot.version)]
+            case "setup":
+                slot.is_ready = True
+                return self._ready(slot, result)
+        return []
+
+    def _ready(self, slot: Slot, result: Any) -> list[Event]:
+        if slot.role == "learner":
+            self.learner_attention: str = result
+        elif slot.role == "teacher":
+            return [Ready(teacher=slot.index)]
+        else:
+            self._streams[slot.actor.serve.options(num_returns="streaming").remote()] = slot
+            if self._newest is not None:
+                self._send_weights(slot)
+        return []
+
+    def _learnt(self, rank: int, report: UpdateReport | None) -> list[Event]:
+        """Every rank has to answer: all of them have learnt, or none."""
+        self._reports[rank] = report
+        if len(self._reports) < len(self._learners):
+            return []
+        reports = [self._reports[rank] for rank in sorted(self._reports)]
+        read = [report for report in reports if report is not None]
+        return [Learned(report=merge_reports(read))] if len(read) == len(reports) else [LearnUnreadable()]
+
+    def _unreadable(self, call: Call, error: PayloadLostError) -> list[Event]:
+        if call.kind == "guide":
+            return [GuideUnreadable(teacher=call.slot.index, sources=call.sources)]
+        if call.kind == "learn":
+            return self._learnt(call.slot.index, None)
+        raise WorkerLostError(f"the newest weights cannot be fetched: {error}")
+
+    def _failed(self, call: Call, error: Exception) -> list[Event]:
+        slot = call.slot
+        if isinstance(error, RayActorError):  # of another worker, where a call waited for that one's answer
+            slot = self._crew.slot_of(error.actor_id) or slot
+        is_dead = isinstance(error, RayActorError)
+        if slot.role == "learner":
+            if is_dead:
+                raise WorkerLostError(f"{slot} is lost: {_first_line(error)}") from error
+            raise error
+        if self._is_starting and not is_dead:
+            raise error
+        return [self._lose(slot, error)]
+
+    def _lose(self, slot: Slot, reason: Exception | str) -> Lost:
+        """Make the worker anew. Raises its role's error if that has happened too often."""
+        self._calls = {future: call for future, call in self._calls.items() if call.slot is not slot}
+        self._streams = {stream: other for stream, other in self._streams.items() if other is not slot}
+        if not slot.budget.spend():
+            raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {_first_line(reason)}")
+        self._crew.make(slot)
+        self._set_up(slot)
+        return Lost(role=slot.role, worker=slot.index, reason=_first_line(reason))
+
+    def _late(self) -> list[Event]:
+        """Workers that should have been heard of, looked for from time to time."""
+        now = time.monotonic()
+        if now < self._looked_at + POLL_SECONDS:
+            return []
+        self._looked_at = now
+        late = {
+            call.slot: f"{call.kind} took longer than {call.limit} s"
+            for call in self._calls.values()
+            if call.deadline < now
+        }
+        stall = self._config.faults.stall_seconds
+        for slot in self._rollouts:
+            if slot.num_writing and slot.heard_at + stall < now:
+                late[slot] = f"it wrote nothing within faults.stall_seconds={stall:g} s"
+        events: list[Event] = []
+        for slot, reason in late.items():
+            if slot.role == "learner" or "setup" in reason:
+                raise WorkerLostError(f"{slot} does not answer: {reason}")
+            events.append(self._lose(slot, reason))
+        return events
 
     def _failures(self, futures: Sequence[ray.ObjectRef]) -> list[str]:
         """What each rank says of a non-finite loss, once all have saved their share of the batch or time is up."""
@@ -171,38 +316,34 @@ class RayFleet:
                 self._result(future)
             except NonFiniteLossError as error:
                 messages.append(str(error))
-        silent = [f"learner rank {futures.index(one)} has not answered within {SAVE_SECONDS:g} s" for one in late]
+        silent = [f"{self._calls[one].slot} has not answered within {SAVE_SECONDS:g} s" for one in late]
         return messages + silent
 
+    # What is done when it returns
+
     def publish_weights(self) -> int:
-        packing = [learner.pack_weights.remote() for learner in self._learners]
-        updating = [worker.update_weights.remote(packing[0]) for worker in self._rollouts]  # not by way of the driver
-        bundle = self._fetch(packing)[0]
-        return check_receipts(bundle, self._fetch(updating, timeout=self._config.weights.timeout_seconds))
+        self.publish()
+        assert self._newest is not None, "it has just been published"
+        while not all(slot.is_ready for slot in self._crew.slots) or len({slot.version for slot in self._rollouts}) > 1:
+            self._check_interrupt()
+            self.wait()
+        return int(ray.get(self._newest).version)
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
-        workers = self._rollouts if model == "student" else self._teachers
-        shares = split_evenly(prompts, len(workers))
-        streams: Streams[Completions] = Streams(
-            self,
-            [
-                worker.evaluate.options(num_returns="streaming").remote(share, seed=seed)
-                for worker, share in zip(workers, shares, strict=False)
-            ],
-        )
-        while streams.open:
-            yield from streams.collect(self._wait(streams.open))
+        slots = [slot for slot in (self._rollouts if model == "student" else self._teachers) if slot.is_ready]
+        shares = split_evenly(prompts, len(slots))
+        return self._stream([slot.actor.evaluate for slot, _ in zip(slots, shares, strict=False)], shares, seed=seed)
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
-        return list(self._fetch([self._rollouts[0].own_teacher.remote(requests, self._config.teacher.top_k)])[0])
+        return list(self._fetch([self._rollouts[0].actor.own_teacher.remote(requests, self._config.teacher.top_k)])[0])
 
     def preflight(self, items: list[GuidedItem]) -> LearnerCheck:
         check: LearnerCheck = self._on_all_ranks("preflight", items)[0]
         return check
 
     def verify_teacher(self, requests: Sequence[RolloutRequest]) -> float | None:
-        chunks = list(self.rollout(requests))
-        differences = self._fetch([teacher.verify.remote(chunks) for teacher in self._teachers])
+        chunks = list(self._stream([self._rollouts[0].actor.generate], [requests], whole=True))
+        differences = self._fetch([slot.actor.verify.remote(chunks) for slot in self._teachers])
         return max((one for one in differences if one is not None), default=None)
 
     def save_learner(self, folder: Path) -> None:
@@ -219,129 +360,50 @@ class RayFleet:
         ray.shutdown()
 
     def _on_all_ranks(self, method: str, *args: Any) -> list[Any]:
-        return self._fetch([getattr(learner, method).remote(*args) for learner in self._learners])
+        return self._fetch([getattr(slot.actor, method).remote(*args) for slot in self._learners])
 
-    def _idle_teachers(self, in_flight: dict[ray.ObjectRef, int]) -> list[int]:
-        """The least busy teachers, if they have room for another call."""
-        load = [sum(teacher == index for teacher in in_flight.values()) for index in range(len(self._teachers))]
-        least = min(load)
-        return [i for i in range(len(load)) if load[i] == least] if least < TEACHER_CALLS_IN_FLIGHT else []
-
-    def _wait(self, waitables: Sequence[Any]) -> list[Any]:
-        """Whatever of `waitables` is ready, after at least one is."""
-        while True:
+    def _stream(self, methods: Sequence[Any], shares: Sequence[Any], **args: Any) -> Iterator[Any]:
+        """What several workers yield, as it comes."""
+        streams = [
+            method.options(num_returns="streaming").remote(share, **args)
+            for method, share in zip(methods, shares, strict=True)
+        ]
+        while streams:
             self._check_interrupt()
-            ready, _ = ray.wait(list(waitables), num_returns=len(waitables), timeout=0)
-            if not ready:
-                ready, _ = ray.wait(list(waitables), num_returns=1, timeout=POLL_SECONDS)
-            if ready:
-                return list(ready)
+            for stream in ray.wait(streams, num_returns=1, timeout=POLL_SECONDS)[0]:
+                try:
+                    yield self._insist(next(stream))
+                except StopIteration:
+                    streams.remove(stream)
 
-    def _fetch(
-        self, futures: Sequence[ray.ObjectRef], *, timeout: float = math.inf, interruptible: bool = False
-    ) -> list[Any]:
-        """Results of actor calls, in the order of `futures`."""
-        results = dict(self._as_they_come(futures, timeout=timeout, interruptible=interruptible))
-        return [results[future] for future in futures]
-
-    def _as_they_come(
-        self, futures: Sequence[ray.ObjectRef], *, timeout: float = math.inf, interruptible: bool = False
-    ) -> Iterator[tuple[ray.ObjectRef, Any]]:
-        """(future, result), counted; the first error ends the wait, as the class it was raised as.
-
-        An update or a checkpoint is not `interruptible`: the learner must come to its end. Raises WeightSyncError
-        after `timeout` seconds.
-        """
-        deadline = time.monotonic() + timeout
+    def _fetch(self, futures: Sequence[ray.ObjectRef]) -> list[Any]:
+        """Results of actor calls, in the order of `futures`; the first error ends the wait."""
         pending = list(futures)
         while pending:
-            if interruptible:
-                self._check_interrupt()
             ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-            if ready:
-                yield ready[0], self._result(ready[0])
-            elif time.monotonic() > deadline:
-                raise WeightSyncError(
-                    f"{len(pending)} of {len(futures)} workers did not acknowledge new weights within "
-                    f"weights.timeout_seconds={timeout:g}"
-                )
+            for one in ready:
+                self._insist(one, count=False)
+        return [self._insist(one) for one in futures]
 
-    def _result(self, future: ray.ObjectRef) -> Any:
+    def _insist(self, future: ray.ObjectRef, *, count: bool = True) -> Any:
+        """A result that the run cannot go on without. Raises WorkerLostError if its worker is gone."""
+        try:
+            return self._result(future, count=count)
+        except RayActorError as error:
+            raise WorkerLostError(f"{self._crew.slot_of(error.actor_id)} is lost: {_first_line(error)}") from error
+
+    def _result(self, future: ray.ObjectRef, *, count: bool = True) -> Any:
         try:
             result = ray.get(future)
         except RayTaskError as error:
             if isinstance(error.cause, TopdError):
                 raise error.cause from None
             raise
-        except RayActorError as error:
-            role = self._roles.get(error.actor_id, "buffer")
-            raise DEAD_WORKER.get(role, TopdError)(f"a {role} worker died: {error}") from error
-        self.traffic.count(result)
+        if count:
+            self.traffic.count(result)
         return result
 
-    def _concurrency(self, role: str) -> int:
-        """Two calls may race for a teacher's engine, so deterministic runs make one at a time."""
-        return TEACHER_CALLS_IN_FLIGHT if role == "teacher" and not self._config.run.deterministic else 1
 
-    def _actor(self, worker: type, need: Need, at: PlacementGroupSchedulingStrategy, **parts: Any) -> Any:
-        actor = (
-            ray.remote(worker)
-            .options(
-                num_cpus=need.num_cpus,
-                num_gpus=need.num_gpus,
-                scheduling_strategy=at,
-                max_concurrency=self._concurrency(need.role),
-                runtime_env={
-                    "env_vars": worker_environment(threads(self._config, need.role), on_cpu=not need.num_gpus)
-                },
-            )
-            .remote(**parts)
-        )
-        self._roles[actor._actor_id.hex()] = need.role
-        return actor
-
-
-class Streams(Generic[Item]):
-    """What several workers yield, as it comes."""
-
-    def __init__(self, fleet: RayFleet, streams: list[ray.ObjectRefGenerator]) -> None:
-        self._fleet = fleet
-        self.open = streams
-
-    def collect(self, ready: Sequence[ray.ObjectRefGenerator]) -> list[Item]:
-        """One item of each ready stream; streams that have ended are closed."""
-        items: list[Item] = []
-        for stream in ready:
-            try:
-                items += self._fleet._fetch([next(stream)])
-            except StopIteration:
-                self.open.remove(stream)
-        return items
-
-    def __iter__(self) -> Iterator[Item]:
-        """Every item, worker by worker."""
-        for stream in list(self.open):
-            while stream in self.open:
-                self._fleet._wait([stream])
-                yield from self.collect([stream])
-
-
-class RemoteBuffer:
-    """The trajectory buffer in an actor of its own."""
-
-    def __init__(self, config: TopdConfig, fetch: Callable[[Sequence[ray.ObjectRef]], list[Any]]) -> None:
-        self._actor = ray.remote(TrajectoryBuffer).options(num_cpus=0).remote(config.buffer)
-        self._fetch = fetch
-
-    def put(self, items: Sequence[GuidedItem]) -> int:
-        return int(self._fetch([self._actor.put.remote(items)])[0])
-
-    def take(self, num_items: int) -> Lease | None:
-        lease: Lease | None = self._fetch([self._actor.take.remote(num_items)])[0]
-        return lease
-
-    def acknowledge(self, lease_id: int) -> None:
-        self._fetch([self._actor.acknowledge.remote(lease_id)])
-
-    def clear(self) -> int:
-        return int(self._fetch([self._actor.clear.remote()])[0])
+def _first_line(reason: Exception | str) -> str:
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return lines[0] if lines else type(reason).__name__

@@ -17,7 +17,7 @@ from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, Weig
 from topd_ray.actors.store import Store
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_guided
-from topd_ray.errors import LearnerError, NonFiniteLossError
+from topd_ray.errors import LearnerError, NonFiniteLossError, PayloadLostError
 from topd_ray.types import GuidedTrajectory, UpdateReport
 from topd_ray.weights.chunks import pack
 
@@ -99,11 +99,15 @@ class LearnerWorker:
     def learn(self, items: Sequence[GuidedItem], normalisers: Normalisers) -> UpdateReport:
         """Apply one update to this rank's share of a batch (collective).
 
-        Raises NonFiniteLossError, with the weights as before, and the share saved as Parquet for a look if that works.
+        Raises NonFiniteLossError, with the weights as before, and the share saved as Parquet for a look if that works;
+        PayloadLostError on every rank, with the weights as before, if one cannot fetch its share.
         """
+        guided, missing = self._try_fetch(items)
+        if not self._engine.all_ranks(missing is None):
+            raise missing or PayloadLostError("another rank cannot fetch its share of the batch")
         try:
             metrics = self._engine.learn(
-                self._fetch(items),
+                guided,
                 num_tokens=normalisers.num_tokens,
                 num_guided=normalisers.num_guided,
                 num_trajectories=normalisers.num_trajectories,
@@ -166,6 +170,12 @@ class LearnerWorker:
 
     def shutdown(self) -> None:
         self._engine.shutdown()
+
+    def _try_fetch(self, items: Sequence[GuidedItem]) -> tuple[list[GuidedTrajectory], PayloadLostError | None]:
+        try:
+            return self._fetch(items), None
+        except PayloadLostError as error:
+            return [], error
 
     def _fetch(self, items: Sequence[GuidedItem]) -> list[GuidedTrajectory]:
         batches = self._store.get([item.handle for item in items])

@@ -58,12 +58,12 @@ def merge_reports(reports: Sequence[UpdateReport]) -> UpdateReport:
     return UpdateReport(policy_version=reports[0].policy_version, metrics=metrics)
 
 
-def check_receipts(bundle: WeightsBundle, receipts: Sequence[WeightReceipt]) -> int:
-    """The version every engine acknowledged. Raises WeightSyncError where one serves something else."""
-    for worker, receipt in enumerate(receipts):
-        if (receipt.version, receipt.checksum) != (bundle.version, bundle.checksum):
-            raise WeightSyncError(
-                f"rollout worker {worker} serves version {receipt.version} (checksum {receipt.checksum:#x}), "
-                f"the learner published version {bundle.version} (checksum {bundle.checksum:#x})"
-            )
-    return bundle.version
+def check_receipt(worker: int, bundles: Sequence[WeightsBundle], receipt: WeightReceipt) -> int:
+    """The version that rollout worker `worker` acknowledged; WeightSyncError if it is of none of `bundles`."""
+    if (receipt.version, receipt.checksum) not in [(bundle.version, bundle.checksum) for bundle in bundles]:
+        published = ", ".join(f"version {bundle.version} (checksum {bundle.checksum:#x})" for bundle in bundles)
+        raise WeightSyncError(
+            f"rollout worker {worker} serves version {receipt.version} (checksum {receipt.checksum:#x}), "
+            f"the learner published {published}"
+        )
+    return receipt.version

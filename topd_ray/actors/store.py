@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import ObjectLostError
+
+from topd_ray.errors import PayloadLostError
 
 Payload = Any
 """An Arrow record batch, or a list of weight chunks."""
@@ -17,7 +20,10 @@ class Store(Protocol):
     def put(self, payload: Payload) -> Handle: ...
 
     def get(self, handles: Sequence[Handle]) -> list[Payload]:
-        """The payloads in order; a handle that comes twice is fetched once, and gives the same object twice."""
+        """The payloads in order; a handle that comes twice is fetched once, and gives the same object twice.
+
+        Raises PayloadLostError where one is gone with the worker or node that held it.
+        """
         ...
 
 
@@ -42,5 +48,8 @@ class RayStore:
 
     def get(self, handles: Sequence[Handle]) -> list[Payload]:
         once = list(dict.fromkeys(handles))
-        payloads = dict(zip(once, ray.get(once), strict=True))
+        try:
+            payloads = dict(zip(once, ray.get(once), strict=True))
+        except ObjectLostError as error:
+            raise PayloadLostError(str(error).splitlines()[0]) from error
         return [payloads[handle] for handle in handles]

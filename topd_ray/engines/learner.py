@@ -347,6 +347,13 @@ class LearnerEngine:
             "offload_optimizer": self._learner.offload_optimizer,
         }
 
+    def all_ranks(self, condition: bool) -> bool:
+        """Whether `condition` holds on every rank (collective)."""
+        flag = torch.tensor(int(condition), device=self._device)
+        if self._world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
     def _barrier(self) -> None:
         if self._world_size > 1:
             dist.barrier()

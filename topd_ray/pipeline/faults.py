@@ -1,8 +1,6 @@
-"""Which failures are a task's own, and how many restarts a run may need."""
+"""Which failures are a task's own."""
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from topd_ray.config.schema import FaultsConfig
 from topd_ray.pipeline.tasks import Task
@@ -26,20 +24,3 @@ class Blame:
         for task in tasks:
             task.num_failures += 1
         return [task for task in tasks if task.num_failures >= self._max_attempts]
-
-
-class RestartBudget:
-    """At most `faults.max_restarts` within `faults.window_seconds`."""
-
-    def __init__(self, config: FaultsConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config = config
-        self._clock = clock
-        self._restarts: deque[float] = deque()
-
-    def spend(self) -> bool:
-        """Count a restart; false if it is one too many."""
-        now = self._clock()
-        while self._restarts and self._restarts[0] <= now - self._config.window_seconds:
-            self._restarts.popleft()
-        self._restarts.append(now)
-        return len(self._restarts) <= self._config.max_restarts

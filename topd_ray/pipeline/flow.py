@@ -72,6 +72,7 @@ class Flow:
         policy_version: int,
         threshold: Callable[[], float],
         check_interrupt: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """All workers serve `policy_version`; `reopened` are tasks that a checkpoint left open."""
         num_rollouts, num_teachers = config.rollout.num_workers, config.teacher.num_workers
@@ -82,6 +83,7 @@ class Flow:
         self._version = policy_version
         self._threshold = threshold
         self._check_interrupt = check_interrupt
+        self._say = say
         self._max_staleness = config.pipeline.max_staleness
         self._to_write: deque[Task] = deque()
         self._to_write_alone: deque[Task] = deque()
@@ -299,10 +301,9 @@ class Flow:
                     self._gauges.watch.stop("publish_weights")
             case Ready(teacher=teacher):
                 self._teacher_ready[teacher] = True
-            case Lost(role="rollout", worker=worker, reason=reason):
-                self._lose_rollout(worker, reason)
-            case Lost(worker=worker, reason=reason):
-                self._lose_teacher(worker, reason)
+            case Lost(role=role, worker=worker, reason=reason):
+                self._say(f"{role} worker {worker} is lost and made anew: {reason}")
+                (self._lose_rollout if role == "rollout" else self._lose_teacher)(worker, reason)
 
     def _take_in_written(self, worker: int, chunk: RolloutChunk) -> None:
         for trajectory_id, version in zip(chunk.trajectory_ids, chunk.policy_versions, strict=True):
@@ -391,7 +392,9 @@ class Flow:
     def _fail(self, tasks: Sequence[Task], reason: str, *, again: bool = True) -> None:
         """A worker failed with `tasks`: they are tried again, or given up."""
         given_up = self._blame.put_on(tasks)
-        self._quarantined += [(task, reason) for task in given_up]
+        for task in given_up:
+            self._quarantined.append((task, reason))
+            self._say(f"trajectory {task.trajectory_id} is given up: a worker fails whenever it has it: {reason}")
         self._close(task.trajectory_id for task in given_up)
         if again:
             self._again(task.trajectory_id for task in tasks if task.trajectory_id in self._tasks)

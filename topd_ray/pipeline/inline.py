@@ -1,24 +1,29 @@
 """The whole fleet in one process, for a debugger: the same workers, called one after the other."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from topd_ray.actors.buffer import TrajectoryBuffer
+from topd_ray.actors.events import Event, Guided, Learned, Published, Written
 from topd_ray.actors.learner import LearnerWorker
-from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, Normalisers, RolloutChunk
+from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
 from topd_ray.actors.parts import learner_part, rollout_part, teacher_part
 from topd_ray.actors.rollout import RolloutWorker
-from topd_ray.actors.sharing import check_receipts, split_requests
+from topd_ray.actors.sharing import check_receipt
 from topd_ray.actors.store import LocalStore
 from topd_ray.actors.teacher import TeacherWorker
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
-from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
+from topd_ray.types import Completions, Prompt, RolloutRequest
 
 
 class InlineFleet:
-    """One rollout, one teacher and one learner worker; several of a kind are played by the one, turn by turn."""
+    """One rollout, one teacher and one learner worker; several of a kind are played by the one, turn by turn.
+
+    Commands wait until `wait` carries them out: one by one in the order they came, but one batch of rollouts after the
+    other, new weights between two of them, and all else before the next rollouts.
+    """
 
     def __init__(
         self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None] = lambda: None
@@ -27,7 +32,10 @@ class InlineFleet:
         self._config = config
         self._check_interrupt = check_interrupt
         self.traffic = Traffic()
-        self.buffer = TrajectoryBuffer(config.buffer)
+        self._rollouts: deque[Iterator[Event]] = deque()
+        self._orders: deque[Iterator[Event]] = deque()
+        self._is_writing = False
+        self._must_publish = False
         self._rollout = RolloutWorker(**rollout_part(config), store=store)
         self._teacher = TeacherWorker(**teacher_part(config), store=store)
         self._learner = LearnerWorker(**learner_part(config, rank=0, total_updates=total_updates), store=store)
@@ -42,23 +50,48 @@ class InlineFleet:
         if num_ranks != 1:
             raise ConfigError(f"--inline runs one learner rank, learner.num_ranks is {num_ranks}: set it to 1")
 
-    def rollout(self, requests: Sequence[RolloutRequest]) -> Iterator[RolloutChunk]:
-        for share in split_requests(requests, self._config.rollout.num_workers):
-            for chunk in self._rollout.generate(share, whole=self._config.run.deterministic):
-                self._check_interrupt()
-                yield chunk
+    def write(self, worker: int, requests: Sequence[RolloutRequest]) -> None:
+        self._rollouts.append(self._write(worker, requests))
 
-    def look_ahead(self, rollouts: Iterable[RolloutChunk], threshold: float) -> Iterator[GuidedChunk]:
-        for chunk in rollouts:
-            yield self._teacher.look_ahead([chunk], threshold)
+    def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
+        self._orders.append(self._guide(teacher, tuple(chunks), threshold))
 
-    def learn(self, items: Sequence[GuidedItem]) -> UpdateReport:
-        return self._learner.learn(items, Normalisers.of(items))
+    def learn(self, items: Sequence[GuidedItem]) -> None:
+        self._orders.append(self._learn(items))
+
+    def publish(self) -> None:
+        self._must_publish = True
+
+    def wait(self) -> list[Event]:
+        if self._orders:
+            return list(self._orders.popleft())
+        if self._must_publish and not self._is_writing:
+            self._must_publish = False
+            version = self.publish_weights()
+            return [Published(worker=worker, version=version) for worker in range(self._config.rollout.num_workers)]
+        if self._rollouts:
+            event = next(self._rollouts[0], None)
+            self._is_writing = event is not None
+            if event is not None:
+                return [event]
+            self._rollouts.popleft()
+        return []
+
+    def _write(self, worker: int, requests: Sequence[RolloutRequest]) -> Iterator[Event]:
+        for chunk in self._rollout.generate(requests, whole=self._config.run.deterministic):
+            self._check_interrupt()
+            yield Written(worker=worker, chunk=chunk)
+
+    def _guide(self, teacher: int, chunks: tuple[RolloutChunk, ...], threshold: float) -> Iterator[Event]:
+        yield Guided(teacher=teacher, sources=chunks, chunk=self._teacher.look_ahead(chunks, threshold))
+
+    def _learn(self, items: Sequence[GuidedItem]) -> Iterator[Event]:
+        yield Learned(report=self._learner.learn(items, Normalisers.of(items)))
 
     def publish_weights(self) -> int:
         bundle = self._learner.pack_weights()
         assert bundle is not None, "one rank always packs its weights"
-        return check_receipts(bundle, [self._rollout.update_weights(bundle)])
+        return check_receipt(0, [bundle], self._rollout.update_weights(bundle, interrupt=False))
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         worker = self._rollout if model == "student" else self._teacher
@@ -84,6 +117,8 @@ class InlineFleet:
 
     def shutdown(self) -> None:
         """The learner first: the last vLLM engine to leave takes the process group with it."""
+        self._orders.clear()
+        self._rollouts.clear()
         self._learner.shutdown()
         self._rollout.shutdown()
         self._teacher.shutdown()

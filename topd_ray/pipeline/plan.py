@@ -13,6 +13,7 @@ from topd_ray.errors import ConfigError
 from topd_ray.evaluation.grading import is_gradable
 from topd_ray.objective import RunningQuantile
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState
+from topd_ray.pipeline.tasks import Task, Tasks
 from topd_ray.types import Prompt
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ class Plan:
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
     total_updates: int
-    schedule: PromptSchedule
+    tasks: Tasks
+    """what is drawn of the prompts"""
+    reopened: tuple[Task, ...]
+    """drawn before the checkpoint and not trained on by then"""
     distances: RunningQuantile
     """of recent transport distances"""
     state: RunState
@@ -54,18 +58,21 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
         shuffle=config.data.shuffle,
     )
     distances = RunningQuantile(config.near_future.false_alarm_quantile, config.near_future.quantile_window)
+    tasks = Tasks(schedule, loaded.prompts, config.rollout.samples_per_prompt, config.run.seed)
     found = _find_checkpoint(config)
+    reopened: list[Task] = []
     if found is not None:
-        schedule.load_state(found[0].schedule)
+        reopened = tasks.load_state(found[0].schedule)
         distances = RunningQuantile.from_state(found[0].quantile)
     return Plan(
         config=config,
         train=loaded.prompts,
         heldout=load_heldout(config, tokenizer, say),
         total_updates=_total_updates(config, len(loaded.prompts), say),
-        schedule=schedule,
+        tasks=tasks,
+        reopened=tuple(reopened),
         distances=distances,
-        state=found[0] if found else RunState(schedule=schedule.state(), quantile=distances.state()),
+        state=found[0] if found else RunState(schedule=tasks.state(), quantile=distances.state()),
         learner_folder=found[1] if found else None,
     )
 

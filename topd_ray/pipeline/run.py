@@ -12,11 +12,12 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from topd_ray.actors.restarts import RestartBudget
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
 from topd_ray.engines.attention import EAGER
-from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError
+from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError, WorkerLostError
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 from topd_ray.metrics.records import reduce
 from topd_ray.metrics.sinks import Sinks
@@ -24,10 +25,10 @@ from topd_ray.metrics.timing import Stopwatch
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState, write_whole
 from topd_ray.pipeline.evaluate import collect
 from topd_ray.pipeline.fleet import Fleet
+from topd_ray.pipeline.flow import Flow
 from topd_ray.pipeline.interrupt import Interrupt
-from topd_ray.pipeline.plan import Plan, Say
+from topd_ray.pipeline.plan import Plan, Say, plan_run
 from topd_ray.pipeline.preflight import NUM_PROMPTS, preflight
-from topd_ray.pipeline.step import train_step
 from topd_ray.types import Metric, RolloutRequest
 
 
@@ -47,9 +48,22 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
     fleet_class.check(plan.config)
     folder = plan.config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
+    restarts = RestartBudget(plan.config.faults)
     with _only_process_in(folder), Interrupt() as interrupt:
         write_whole(folder / "config.yaml", dump_config(plan.config))
-        sinks = Sinks.open(plan.config.metrics, folder, resume_step=plan.state.step)
+        while True:
+            try:
+                return _run_session(plan, fleet_class, interrupt, say)
+            except WorkerLostError as error:
+                if not restarts.spend():
+                    raise WorkerLostError(f"the run had to begin again {restarts}, the last time: {error}") from error
+                say(f"{error}; all workers start again, from the last checkpoint")
+                plan = plan_run(again(plan.config), say)
+
+
+def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say) -> RunState:
+    sinks = Sinks.open(plan.config.metrics, plan.config.run.folder, resume_step=plan.state.step)
+    try:
         say("starting the workers")
         fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
         try:
@@ -58,7 +72,13 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
             raise TopdError(f"{type(error).__name__} while running: {error}") from error
         finally:
             fleet.shutdown()
-            sinks.close()
+    finally:
+        sinks.close()
+
+
+def again(config: TopdConfig) -> TopdConfig:
+    """The config of a run that goes on from its own last checkpoint, if it has one."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 @contextmanager
@@ -85,7 +105,7 @@ class Session:
         self._folder = plan.config.run.folder.absolute()
         self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints)
         self._state = plan.state
-        self._schedule = plan.schedule
+        self._tasks = plan.tasks
         self._distances = plan.distances
         self._started = time.monotonic() - plan.state.seconds
         self._saved_step = plan.state.step if plan.learner_folder else -1
@@ -99,6 +119,7 @@ class Session:
             self._evaluate_once("before", evaluation.before and self._state.step == 0)
             self._train_steps()
             self._save()
+            self._flow.drain()
             self._evaluate_once("after", evaluation.after)
         except RunInterrupted:
             self._save()
@@ -121,6 +142,17 @@ class Session:
         self._state = replace(self._state, policy_version=self._fleet.publish_weights())
         report = preflight(self._fleet, self._config, self._preflight_requests(), self._say)
         self._sinks.write(self._state.step, reduce(report.metrics()))
+        self._flow = Flow(
+            self._config,
+            self._fleet,
+            self._tasks,
+            reopened=self._plan.reopened,
+            updates_left=self._plan.total_updates - self._state.step,
+            policy_version=self._state.policy_version,
+            threshold=lambda: self._distances.value,
+            check_interrupt=self._interrupt.check,
+            say=self._say,
+        )
 
     def _train_steps(self) -> None:
         total = self._plan.total_updates
@@ -131,34 +163,34 @@ class Session:
                 progress.update()
                 progress.set_postfix({"loss": f"{metrics['loss/total']:.3f}"})
                 if self._due(self._config.evaluation.every) and self._state.step < total:
+                    self._flow.drain()
                     self._evaluate(f"step_{self._state.step}")
                 if self._due(self._config.run.checkpoint_every):
                     self._save()
 
     def _step(self) -> dict[str, float]:
-        """One update; the state changes only once it is complete, so that an interrupted step is simply redone."""
+        """One update; the state changes only once it is complete, so that an interrupted one is simply made again."""
         watch = Stopwatch()
         payload_bytes = self._fleet.traffic.payload_bytes
         with watch.time("step"):
-            result = train_step(
-                self._fleet,
-                self._next_requests(),
-                policy_version=self._state.policy_version,
-                threshold=self._distances.value,
-            )
-        self._distances.update(result.distances)
+            update = self._flow.update()
+        num_tokens = sum(item.num_tokens for item in update.items)
+        self._distances.update(distance for item in update.items for distance in item.distances)
         self._state = replace(
             self._state,
             step=self._state.step + 1,
-            policy_version=result.policy_version,
-            schedule=self._schedule.state(),
+            policy_version=update.policy_version,
+            schedule=self._tasks.state(),
             quantile=self._distances.state(),
-            trained_tokens=self._state.trained_tokens + result.num_tokens,
+            trained_tokens=self._state.trained_tokens + num_tokens,
             driver_payload_bytes=self._state.driver_payload_bytes + self._fleet.traffic.payload_bytes - payload_bytes,
             seconds=time.monotonic() - self._started,
         )
-        values = reduce([*result.metrics, *watch.metrics(), *self._run_metrics()])
-        values["throughput/trained_tokens_per_second"] = result.num_tokens / values["seconds/step"]
+        values = reduce([*update.metrics, *watch.metrics(), *self._run_metrics()])
+        seconds = values["seconds/step"]
+        values["throughput/trained_tokens_per_second"] = num_tokens / seconds
+        values["throughput/rollout_tokens_per_second"] = values["rollout/tokens"] / seconds
+        values["throughput/teacher_tokens_per_second"] = values["teacher/tokens"] / seconds
         self._sinks.write(self._state.step, values)
         return values
 
@@ -171,16 +203,9 @@ class Session:
             Metric(key="near_future/threshold", sum=self._distances.value),
         ]
 
-    def _next_requests(self) -> list[RolloutRequest]:
-        return rollout_requests(
-            [(epoch, self._plan.train[index]) for epoch, index in self._schedule.take()],
-            samples_per_prompt=self._config.rollout.samples_per_prompt,
-            run_seed=self._config.run.seed,
-        )
-
     def _preflight_requests(self) -> list[RolloutRequest]:
         draws = [(-1, prompt) for prompt in self._plan.train[:NUM_PROMPTS]]
-        return rollout_requests(draws, samples_per_prompt=1, run_seed=self._config.run.seed)
+        return rollout_requests(draws, samples=[0], run_seed=self._config.run.seed)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self._state.step % every == 0

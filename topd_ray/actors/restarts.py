@@ -1,0 +1,30 @@
+"""How many restarts are too many."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from topd_ray.config.schema import FaultsConfig
+
+
+class RestartBudget:
+    """At most `faults.max_restarts` within `faults.window_seconds`."""
+
+    def __init__(self, config: FaultsConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._clock = clock
+        self._restarts: deque[float] = deque()
+
+    def spend(self) -> bool:
+        """Count a restart; false if it is one too many."""
+        now = self._clock()
+        while self._restarts and self._restarts[0] <= now - self._config.window_seconds:
+            self._restarts.popleft()
+        self._restarts.append(now)
+        return len(self._restarts) <= self._config.max_restarts
+
+    def __str__(self) -> str:
+        return (
+            f"more than faults.max_restarts={self._config.max_restarts} times within "
+            f"faults.window_seconds={self._config.window_seconds:g}"
+        )
