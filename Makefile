@@ -1,18 +1,20 @@
 SHELL := /bin/bash
 OBJECTIVE ?= topd
 ARGS ?=
+KILLS ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock docker docker-demo clean
+.PHONY: help setup demo test lint bench chaos lock docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
-demo test bench: export HF_HUB_OFFLINE := 1
+demo test bench chaos: export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo    train the embedded student on this machine and print the table (OBJECTIVE=topd|opd)"
 	@echo "make test    lint, import contracts, types and tests"
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
+	@echo "make chaos   kill workers and drivers of runs at random moments (KILLS=100); write runs/chaos/summary.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
 	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
@@ -35,6 +37,9 @@ lint: setup
 bench: setup
 	@bash requirements/bench.sh
 	.venv-bench/bin/python -m bench $(ARGS)
+
+chaos: setup
+	.venv/bin/python -m tests.chaos $(KILLS) $(ARGS)
 
 lock:
 	@bash requirements/lock.sh
