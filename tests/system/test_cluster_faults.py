@@ -1,0 +1,160 @@
+"""A cluster that loses nodes while a run is on: one is pulled out, another is cut off the network and comes back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.lan import Host, lan, missing
+from topd_ray.pipeline.ledger import read_ledger
+
+ROOT = Path(__file__).parents[2]
+RAY_FOLDER = Path("/tmp/ray")
+ROLES = {"head": "learner", "writer-a": "rollout", "writer-b": "rollout", "teacher": "teacher"}
+NUM_UPDATES = 12
+SETTINGS = (
+    f"run.steps={NUM_UPDATES}",
+    "run.deterministic=true",
+    "run.checkpoint_every=4",
+    "rollout.num_workers=2",
+    "rollout.prompts_per_step=8",
+    "rollout.max_new_tokens=64",
+    "data.heldout=null",
+    "metrics.tensorboard=false",
+    "resources.threads_per_learner=1",
+    *(f"{role}.model={ROOT}/topd_ray/demo/pair/{role}" for role in ("student", "teacher")),
+)
+PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in ("rollout", "teacher", "learner"))
+
+WHY_NOT = missing()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+
+
+class Cluster:
+    """Nodes that Ray gives up after three seconds of silence."""
+
+    def __init__(self, hosts: Mapping[str, Host], folder: Path) -> None:
+        self.hosts = hosts
+        self.folder = folder
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+            "RAY_health_check_initial_delay_ms": "0",
+        }
+
+    def start(self, name: str, role: str) -> None:
+        where = ["--head"] if role == "learner" else [f"--address={self.hosts['head'].address}:6379"]
+        done = self.hosts[name].run(
+            *("ray", "start", *where, f"--node-ip-address={self.hosts[name].address}"),
+            *(f"--labels=topd/role={role}", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"),
+            env=self._environment,
+            cwd=ROOT,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stdout
+
+    def run(self, name: str) -> subprocess.Popen[str]:
+        command = ["python", "-m", "topd_ray", "run", "jobs/demo.yaml", *SETTINGS, *PLACED]
+        return subprocess.Popen(
+            self.hosts["head"].command(
+                *command, "resources.ray_address=auto", f"run.root={self.folder}", f"run.name={name}", cwd=ROOT
+            ),
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_update(self, name: str, number: int, process: subprocess.Popen[str]) -> None:
+        metrics = self.folder / name / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and f'{{"step": {number},' in metrics.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.05)
+
+    def link(self, name: str, state: str) -> None:
+        self.hosts[name].check("ip", "link", "set", "eth0", state)
+
+    def stop_ray(self, name: str) -> None:
+        self.hosts[name].run("ray", "stop", "--force", env=self._environment, cwd=ROOT, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "token").touch(mode=0o600)
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    RAY_FOLDER.mkdir(exist_ok=True)
+    with lan([*ROLES, "spare"], local_disks=[RAY_FOLDER]) as hosts:
+        made = Cluster(hosts, folder)
+        for name, role in ROLES.items():
+            made.start(name, role)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-m", "topd_ray", "run", "jobs/demo.yaml", *SETTINGS, f"run.root={root}", "run.name=a"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return weights(root / "a")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "export" / "model.safetensors").items()}
+
+
+def restarts(folder: Path, role: str) -> float:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return sum(row.get(f"faults/restarts_{role}", 0.0) for row in rows)
+
+
+def assert_whole(folder: Path) -> None:
+    report = read_ledger(folder / "ledger.jsonl")
+    assert (report.trained_once, report.lost, report.doubled) == (NUM_UPDATES * 8, 0, 0)
+
+
+def test_a_lost_node_is_replaced_by_one_that_joins(cluster: Cluster, left_alone: dict[str, bytes]) -> None:
+    process = cluster.run("lost")
+    cluster.wait_for_update("lost", 2, process)
+    cluster.hosts["writer-b"].kill()
+    time.sleep(5)
+    cluster.start("spare", "rollout")
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert restarts(cluster.folder / "lost", "rollout") >= 1, output
+    assert_whole(cluster.folder / "lost")
+    assert weights(cluster.folder / "lost") == left_alone
+
+
+def test_a_node_that_is_cut_off_comes_back(cluster: Cluster, left_alone: dict[str, bytes]) -> None:
+    """First for a moment, which nobody notices, then until Ray has given it up, and its raylet itself."""
+    process = cluster.run("cut")
+    cluster.wait_for_update("cut", 1, process)
+    cluster.link("teacher", "down")
+    time.sleep(1.0)
+    cluster.link("teacher", "up")
+    cluster.wait_for_update("cut", 4, process)
+    cluster.link("teacher", "down")
+    time.sleep(12)
+    cluster.link("teacher", "up")
+    cluster.stop_ray("teacher")
+    cluster.start("teacher", "teacher")
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, output
+    assert restarts(cluster.folder / "cut", "teacher") >= 1, output
+    assert_whole(cluster.folder / "cut")
+    assert weights(cluster.folder / "cut") == left_alone
