@@ -9,9 +9,13 @@ from topd_ray.types import Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutChunk:
-    """Trajectories that finished together, as one record batch behind `handle`."""
+    """Trajectories that left together, as one record batch behind `handle`, and its rows in a few words."""
 
     handle: Handle
+    trajectory_ids: tuple[str, ...]
+    policy_versions: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    """response tokens"""
     metrics: tuple[Metric, ...]
 
 
