@@ -49,13 +49,14 @@ class Trajectory:
     sample_index: int
     epoch: int
     policy_version: int
+    """of the oldest token: where generation was interrupted for new weights, later tokens are of later versions"""
     finish_reason: FinishReason
     prompt_ids: Int32
     """[prompt tokens]"""
     response_ids: Int32
     """[T], the end-of-sequence token included only if the student wrote it"""
     behaviour_logprobs: Float32
-    """[T], of the sampled tokens, under the policy that wrote them (nats)"""
+    """[T], of the sampled tokens, each under the policy that drew it (nats)"""
 
     @property
     def num_response_tokens(self) -> int:

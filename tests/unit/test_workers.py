@@ -1,99 +1,24 @@
 """What workers and their fleet do at moments that a run on this machine seldom meets; engines and Ray are scripted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from topd_ray.actors import fleet as fleet_module
-from topd_ray.actors import rollout as rollout_module
 from topd_ray.actors.cluster import KEEP_FREED_MEMORY, worker_environment
 from topd_ray.actors.fleet import RayFleet, Streams
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import Normalisers
-from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.store import LocalStore
-from topd_ray.config.schema import EvaluationConfig, LearnerConfig, ObjectiveConfig, RolloutConfig, StudentConfig
-from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_trajectories
+from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
+from topd_ray.data.arrow import GUIDED_SCHEMA
 from topd_ray.errors import NonFiniteLossError
-from topd_ray.types import Trajectory
 
 STUDENT = StudentConfig(model="s")
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class StepEngine:
-    """Takes a second per step, in which the given numbers of trajectories finish."""
-
-    def __init__(self, clock: Clock, finishing: Sequence[int]) -> None:
-        self._clock = clock
-        self._finishing = finishing
-
-    def generate_by_step(self, requests: object) -> Iterator[list[Trajectory]]:
-        names = iter(f"{index:02d}" for index in range(sum(self._finishing)))
-        for count in self._finishing:
-            self._clock.now += 1.0
-            yield [trajectory(next(names)) for _ in range(count)]
-
-
-def trajectory(name: str) -> Trajectory:
-    return Trajectory(
-        trajectory_id=name,
-        prompt_id=name,
-        sample_index=0,
-        epoch=0,
-        policy_version=0,
-        finish_reason="stop",
-        prompt_ids=np.array([1], np.int32),
-        response_ids=np.array([2, 3], np.int32),
-        behaviour_logprobs=np.zeros(2, np.float32),
-    )
-
-
-def handovers(
-    finishing: Sequence[int], monkeypatch: pytest.MonkeyPatch, *, cost: float, whole: bool = False
-) -> list[tuple[float, int]]:
-    """(second, number of trajectories) of each chunk, if its receiver takes `cost` seconds."""
-    clock = Clock()
-    monkeypatch.setattr(rollout_module, "time", clock)
-    worker = RolloutWorker(
-        STUDENT,
-        RolloutConfig(),
-        EvaluationConfig(),
-        max_prompt_tokens=1,
-        threads=1,
-        seed=0,
-        store=LocalStore(),
-    )
-    worker._engine = StepEngine(clock, finishing)  # type: ignore[assignment]
-    found = []
-    for chunk in worker.generate([], whole=whole):
-        found.append((round(clock.now - 100.0, 6), len(batch_to_trajectories(chunk.handle))))
-        clock.now += cost
-    return found
-
-
-def test_trajectories_of_one_step_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert handovers([0, 8, 0, 0, 1], monkeypatch, cost=0.0) == [(2.0, 8), (5.0, 1)]
-    assert handovers([0, 8, 0, 0, 1], monkeypatch, cost=0.0, whole=True) == [(5.0, 9)]
-
-
-def test_a_handover_is_made_up_for_by_steps_in_which_nothing_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first costs 0.2 s, so the next may leave 2 s later, in the step without a trajectory of its own."""
-    assert handovers([1, 3, 0, 0, 0, 1], monkeypatch, cost=0.2) == [(1.0, 1), (4.2, 3), (6.4, 1)]
 
 
 class NonFiniteEngine:

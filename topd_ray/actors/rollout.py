@@ -1,12 +1,13 @@
 """The rollout worker: a student engine that writes trajectories and takes new weights."""
 
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from topd_ray.actors.messages import GuidedItem, RolloutChunk, WeightsBundle
+from topd_ray.actors.serving import RolloutServer
 from topd_ray.actors.store import Store
 from topd_ray.actors.teacher import put_guided
 from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
@@ -26,14 +27,13 @@ from topd_ray.types import (
 from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.chunks import unpack
 
-HANDOVER_SHARE = 0.1
-"""Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers
-company, until the time since the last one makes up for what that one cost, Ray's stream included. In one process
-(`--inline`) that is also the teacher's look-ahead: nothing is written meanwhile, so more company costs no time."""
-
 
 class RolloutWorker:
-    """One student engine and the store its trajectories go to."""
+    """One student engine and the store its trajectories go to.
+
+    Several threads may call it. While one of them is in `serve`, the engine is that one's, and what others ask of the
+    engine waits until it has nothing to write.
+    """
 
     def __init__(
         self,
@@ -68,42 +68,68 @@ class RolloutWorker:
             threads=self._threads,
             seed=self._seed,
         )
+        self._server = RolloutServer(self._engine)
+
+    def serve(self) -> Iterator[RolloutChunk]:
+        """Write what is submitted and yield it in chunks as it finishes, until `stop`.
+
+        After an error of the engine, all that was submitted is forgotten, and another call may start anew.
+        """
+        for trajectories in self._server.serve():
+            yield self._chunk(trajectories)
+
+    def submit(self, requests: Sequence[RolloutRequest], *, whole: bool) -> None:
+        """Have `serve` write these; returns at once.
+
+        With `whole` they run alone, after those submitted before, and are yielded as one chunk in the order of their
+        ids: what is written depends on nothing else.
+        """
+        self._server.submit(requests, whole=whole)
+
+    def abandon(self) -> None:
+        """Forget all that was submitted. A chunk that is on its way may still arrive."""
+        self._server.abandon()
+
+    def stop(self) -> None:
+        """End `serve` at the engine's next step; what it has not yielded is dropped."""
+        self._server.stop()
 
     def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
         """Yield trajectories as they finish, or with `whole` all of them at the end, in the order of their ids."""
-        finished: list[Trajectory] = []
-        next_handover = 0.0
-        for step in self._engine.generate_by_step(requests):
-            finished += step
-            started = time.monotonic()
-            if finished and not whole and started >= next_handover:
-                yield self._chunk(finished)
-                ended = time.monotonic()
-                finished, next_handover = [], ended + (ended - started) / HANDOVER_SHARE
-        if finished:
-            yield self._chunk(sorted(finished, key=lambda trajectory: trajectory.trajectory_id))
+        for trajectories in self._server.generate(requests, whole=whole):
+            yield self._chunk(trajectories)
 
-    def update_weights(self, bundle: WeightsBundle) -> WeightReceipt:
-        """Serve `bundle.version` from now on."""
-        (chunks,) = self._store.get([bundle.handle])
-        return self._engine.update_weights(bundle.version, unpack(chunks))
+    def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt:
+        """Serve `bundle.version` from now on; returns when the engine does.
+
+        What is being written finishes first, or with `interrupt` goes on under the new weights from the tokens it has.
+        A bundle that a newer one overtakes is not loaded, and the newer one's receipt returned. Raises WeightSyncError
+        for a version older than the one served, and for weights that do not fit; the engine then goes on as before.
+        """
+
+        def fetch() -> Iterator[tuple[str, torch.Tensor]]:
+            (chunks,) = self._store.get([bundle.handle])
+            return unpack(chunks)
+
+        return self._server.update_weights(bundle.version, fetch, interrupt=interrupt)
 
     def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
         """Graded answers of the student as it is now, in parts."""
-        yield from graded_answers(
-            self._engine,
-            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
-            prompts,
-            self._evaluation,
-            max_new_tokens=self._answer_tokens,
-            seed=seed,
-        )
+        with self._server.turn():
+            yield from graded_answers(
+                self._engine,
+                lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+                prompts,
+                self._evaluation,
+                max_new_tokens=self._answer_tokens,
+                seed=seed,
+            )
 
     def own_teacher(self, requests: Sequence[RolloutRequest], top_k: int | str) -> list[GuidedItem]:
         """Trajectories scored by the student itself, for the pre-flight: distilling them must change nothing."""
-        trajectories = list(self._engine.generate(requests))
-        sequences = [(t.prompt_ids, t.response_ids) for t in trajectories]
-        scores = self._engine.score(sequences, top_k)
+        with self._server.turn():
+            trajectories = list(self._engine.generate(requests))
+            scores = self._engine.score([(t.prompt_ids, t.response_ids) for t in trajectories], top_k)
         guided = [
             GuidedTrajectory(
                 trajectory=trajectory,

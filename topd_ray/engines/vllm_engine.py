@@ -1,4 +1,4 @@
-"""A vLLM engine fed with token ids, one finished request at a time.
+"""A vLLM engine fed with token ids: requests enter between two steps, and leave with the step they finish in.
 
 Its logits are those at the rollout's temperature over real tokens only (see `vllm_worker`), so that sampling, behaviour
 log-probs and scores all speak of one distribution. vLLM is imported when an engine is built, not before: it takes
@@ -44,7 +44,7 @@ class Draw:
 
 @dataclass(slots=True, kw_only=True)
 class Finished(Generic[Key]):
-    """A request as it is when it is done."""
+    """A request as it is when it is done, or aborted."""
 
     key: Key
     token_ids: list[int] = field(default_factory=list)
@@ -52,6 +52,8 @@ class Finished(Generic[Key]):
     logprobs: list[float] = field(default_factory=list)
     """[T] of the sampled tokens (nats), if asked for"""
     reason: FinishReason = "length"
+    prompt_logprobs: Any = None
+    """vLLM's tensors, [L - 1, 1 + K] with the actual token in column 0, if asked for"""
 
 
 class VllmEngine:
@@ -76,7 +78,8 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._error = error
         self._num_requests = 0
-        self._is_busy = False
+        self._running: dict[str, Finished[Any]] = {}
+        self._is_iterating = False
         prepare_process(threads)
         SLOTS.enter()
         try:
@@ -88,9 +91,33 @@ class VllmEngine:
             raise
 
     @property
-    def is_busy(self) -> bool:
-        """Whether an iterator of `generate` is neither exhausted nor closed."""
-        return self._is_busy
+    def num_running(self) -> int:
+        """Requests that entered and neither finished nor were aborted."""
+        return len(self._running)
+
+    @property
+    def is_iterating(self) -> bool:
+        """Whether an iterator of `generate` or `complete` is neither exhausted nor closed."""
+        return self._is_iterating
+
+    def add(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> None:
+        """Let requests run from the next `step` on, beside those that run already; after an error, none of them do."""
+        self._refuse_beside_iterator()
+        self._enter((key, token_ids, self._sampling(draw)) for key, token_ids, draw in requests)
+
+    def step(self) -> list[Finished[Any]]:
+        """Run the model once; the requests that finished, mostly none. After an error, abort what is left."""
+        self._refuse_beside_iterator()
+        return self._step() if self._running else []
+
+    def abort(self) -> list[Finished[Any]]:
+        """Stop all requests: each with its tokens so far, in the order they entered. An open iterator ends."""
+        stopped = list(self._running.values())
+        names = list(self._running)
+        self._running.clear()
+        if names:
+            self._llm.engine_core.abort_requests(names)
+        return stopped
 
     def generate(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[Finished[Key]]:
         """Yield every request as it finishes. Leaving the loop early drops the others."""
@@ -99,19 +126,7 @@ class VllmEngine:
 
     def generate_by_step(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[list[Finished[Key]]]:
         """Yield, after every step of the engine, the requests that finished in it, mostly none."""
-        asked = list(requests)
-        unfinished = [Finished(key=key) for key, _, _ in asked]
-        for outputs in self._run((token_ids, self._sampling(draw)) for _, token_ids, draw in asked):
-            finished = []
-            for index, output in outputs:
-                one = unfinished[index]
-                one.token_ids.extend(output.new_token_ids)
-                if output.new_logprobs is not None:
-                    one.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
-                if output.finish_reason is not None:
-                    one.reason = self._reason(output)
-                    finished.append(one)
-            yield finished
+        return self._run((key, token_ids, self._sampling(draw)) for key, token_ids, draw in requests)
 
     def complete(
         self,
@@ -151,12 +166,14 @@ class VllmEngine:
         `top_k="full"`, and any number above it, is the whole vocabulary.
         """
         num_kept = self.vocabulary.size if top_k == "full" else min(int(top_k), self.vocabulary.size)
-        requests = (([*prompt_ids, *response_ids], self._scoring(num_kept)) for prompt_ids, response_ids in sequences)
+        requests = (
+            (index, [*prompt_ids, *response_ids], self._scoring(num_kept))
+            for index, (prompt_ids, response_ids) in enumerate(sequences)
+        )
         scores: dict[int, TeacherScores] = {}
-        for outputs in self._run(requests):
-            for index, output in outputs:
-                if output.new_prompt_logprobs_tensors is not None:
-                    scores[index] = _scores(output.new_prompt_logprobs_tensors, len(sequences[index][1]))
+        for finished in self._run(requests):
+            for done in finished:
+                scores[done.key] = _scores(done.prompt_logprobs, len(sequences[done.key][1]))
         return [scores[index] for index in range(len(sequences))]
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
@@ -183,29 +200,50 @@ class VllmEngine:
                 f"rollout.temperature={self._temperature} cannot be computed; this architecture is not supported"
             )
 
-    def _run(self, requests: Iterable[tuple[TokenIds, Any]]) -> Iterator[list[tuple[int, Any]]]:
-        """Step the engine until all requests are done, yielding each step's (index of the request, output)."""
-        if self._is_busy:
-            raise self._error("the engine is still generating: exhaust or close that iterator first")
-        self._is_busy = True
-        index_of: dict[str, int] = {}
+    def _run(self, requests: Iterable[tuple[Key, TokenIds, Any]]) -> Iterator[list[Finished[Key]]]:
+        """Step until all requests are done. Nothing else may run meanwhile."""
+        self._refuse_beside_iterator()
+        if self._running:
+            raise self._error(f"the engine is still generating: {len(self._running)} added requests have to end first")
+        self._is_iterating = True
         try:
-            for index, (token_ids, params) in enumerate(requests):
-                index_of[self._add(token_ids, params)] = index
-            while index_of:
-                outputs = self._llm.engine_core.get_output().outputs
-                ours = [(index_of[one.request_id], one) for one in outputs if one.request_id in index_of]
-                for _, output in ours:
-                    if output.finish_reason is not None:
-                        del index_of[output.request_id]
-                yield ours
+            self._enter(requests)
+            while self._running:
+                yield self._step()
         finally:
-            self._is_busy = False
-            if index_of:
-                self._llm.engine_core.abort_requests(list(index_of))
+            self._is_iterating = False
+            self.abort()
 
-    def _add(self, token_ids: TokenIds, params: Any) -> str:
-        """Hand a request to the engine core; returns its id."""
+    def _refuse_beside_iterator(self) -> None:
+        if self._is_iterating:
+            raise self._error("the engine is still generating: exhaust or close that iterator first")
+
+    def _enter(self, requests: Iterable[tuple[Key, TokenIds, Any]]) -> None:
+        """Hand requests to the engine core, once all of them are known to fit."""
+        ready = [(key, self._core_request(token_ids, params)) for key, token_ids, params in requests]
+        for key, request in ready:
+            self._llm.engine_core.add_request(request)
+            self._running[str(request.request_id)] = Finished(key=key)
+
+    def _step(self) -> list[Finished[Any]]:
+        finished = []
+        for output in self._llm.engine_core.get_output().outputs:
+            one = self._running.get(output.request_id)
+            if one is None:
+                continue
+            one.token_ids.extend(output.new_token_ids)
+            if output.new_logprobs is not None:
+                one.logprobs.extend(output.new_logprobs.logprobs[:, 0].tolist())
+            if output.new_prompt_logprobs_tensors is not None:
+                one.prompt_logprobs = output.new_prompt_logprobs_tensors
+            if output.finish_reason is not None:
+                del self._running[output.request_id]
+                one.reason = self._reason(output)
+                finished.append(one)
+        return finished
+
+    def _core_request(self, token_ids: TokenIds, params: Any) -> Any:
+        """A request as the engine core takes it."""
         ids = [int(token_id) for token_id in token_ids]
         length = len(ids) + (0 if params.prompt_logprobs is not None else params.max_tokens)
         if not ids or length > self._max_model_len:
@@ -219,8 +257,7 @@ class VllmEngine:
             name, {"type": "token", "prompt_token_ids": ids}, params, supported_tasks=("generate",)
         )
         self._llm.input_processor.assign_request_id(request)
-        self._llm.engine_core.add_request(request)
-        return str(request.request_id)
+        return request
 
     def _sampling(self, draw: Draw) -> Any:
         from vllm import SamplingParams
