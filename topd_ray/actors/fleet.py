@@ -119,7 +119,7 @@ class RayFleet:
             self._set_up(slot, *([meeting] if slot.role == "learner" else []))
         num_slots = len(self._crew.slots)
         with tqdm(total=num_slots, desc="loading", unit="worker", disable=None, leave=False) as progress:
-            while progress.n < num_slots:
+            while not all(slot.is_ready for slot in self._crew.slots):
                 self._check_interrupt()
                 self.wait()
                 progress.update(sum(slot.is_ready for slot in self._crew.slots) - progress.n)
@@ -324,10 +324,14 @@ class RayFleet:
     def publish_weights(self) -> int:
         self.publish()
         assert self._newest is not None, "it has just been published"
-        while not all(slot.is_ready for slot in self._crew.slots) or len({slot.version for slot in self._rollouts}) > 1:
+        while not all(slot.is_ready for slot in self._crew.slots) or not self._all_serve_newest():
             self._check_interrupt()
             self.wait()
         return int(ray.get(self._newest).version)
+
+    def _all_serve_newest(self) -> bool:
+        waits = any(call.kind == "update_weights" for call in self._calls.values())
+        return not waits and all(slot.version is not None for slot in self._rollouts)
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         slots = [slot for slot in (self._rollouts if model == "student" else self._teachers) if slot.is_ready]
