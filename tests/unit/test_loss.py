@@ -51,7 +51,7 @@ def test_everything_at_once_is_the_naive_loss(divergence: str, chunk_tokens: int
 @ALL_DIVERGENCES
 @pytest.mark.parametrize("changes", [{}, {"method": "opd"}, {"guidance_reduction": "sum", "logit_softcap": 2.5}])
 def test_weights_multiply_every_term_of_their_position(divergence: str, changes: dict[str, Any]) -> None:
-    """After caps, whose medians are of losses without weights; counts stay. Guidance: once per window that covers it."""
+    """After caps, whose medians are of losses without weights; a (window, position) pair has its position's."""
     case, weight = Case(4), 2.0 * torch.rand(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     weight[5] = 0.0
     capped = torch.arange(N) % 2 == 1
