@@ -100,7 +100,7 @@ def parts(budget: Any) -> dict[str, Any]:
     return {
         "student": StudentConfig(model="topd_ray/demo/pair/student", dtype="float32"),
         "learner": LearnerConfig(dtype="float32", zero_stage=0, max_tokens_per_micro_batch=budget, learning_rate=1e-4),
-        "objective": ObjectiveConfig(),
+        "objective": ObjectiveConfig(importance_horizon=0),  # the same trajectories in every update
         "temperature": 1.0,
         "total_updates": 1000,
         "threads": THREADS,

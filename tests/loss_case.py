@@ -42,7 +42,7 @@ class Case:
             windows.append((position, torch.from_numpy(targets_SV)))
         return windows
 
-    def batch(self, top_k: int = V, capped: Tensor | None = None) -> LossBatch:
+    def batch(self, top_k: int = V, capped: Tensor | None = None, weight: Tensor | None = None) -> LossBatch:
         logprobs, ids = self.teacher.topk(top_k, 1)
         weights, entropy = torch.zeros(N, V, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
         for start, windows in zip(np.cumsum([0, *SEGMENTS]).tolist(), self.windows, strict=False):
@@ -63,6 +63,7 @@ class Case:
             target_ids=weights.nonzero()[:, 1].int(),
             target_weights=weights[weights > 0],
             target_entropy=entropy,
+            weight_N=weight,
         )
 
     def student(self, spec: LossSpec = SPEC) -> Tensor:
@@ -71,9 +72,10 @@ class Case:
             logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
         return (logits / spec.temperature).log_softmax(1)
 
-    def naive(self, spec: LossSpec = SPEC, capped: Tensor | None = None) -> Tensor:
+    def naive(self, spec: LossSpec = SPEC, capped: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """L_OPD + lambda L_traj over the full vocabulary, one window at a time."""
         student = self.student(spec)
+        weight = torch.ones(N, dtype=torch.float64) if weight is None else weight
         token_loss = full_divergence(student, self.teacher, spec)
         if capped is not None:
             scales = []
@@ -82,12 +84,15 @@ class Case:
                 scales.append(torch.where(mask, ratio.clamp(max=1.0), torch.ones_like(part)))
             token_loss = token_loss * torch.cat(scales)
         guidance = student.new_zeros(())
-        for part, windows in zip(student.split(SEGMENTS), self.windows, strict=True):
+        for part, weights, windows in zip(student.split(SEGMENTS), weight.split(SEGMENTS), self.windows, strict=True):
             for position, targets in windows:
-                rows = part[position : position + len(targets)]
-                guidance = guidance + (torch.special.xlogy(targets, targets) - targets * rows).sum()
+                rows = slice(position, position + len(targets))
+                pair_kl = (torch.special.xlogy(targets, targets) - targets * part[rows]).sum(1)
+                guidance = guidance + (weights[rows] * pair_kl).sum()
         count = NUM_GUIDED if spec.guidance_reduction == "mean" else len(SEGMENTS)
-        return token_loss.sum() / N + (spec.guidance_weight * guidance / count if spec.method == "topd" else 0.0)
+        return (weight * token_loss).sum() / N + (
+            spec.guidance_weight * guidance / count if spec.method == "topd" else 0.0
+        )
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         leaves = [self.hidden, self.head, *([] if self.bias is None else [self.bias])]

@@ -33,6 +33,9 @@ PLAIN_STEPS: Mapping[str, Any] = {
     "dtype": "float32",
     "logits_chunk_tokens": 7,
 }
+# Of batches that are learnt from again and again, as if each time anew.
+UNWEIGHTED = ObjectiveConfig(importance_horizon=0)
+STALENESS_KEYS = {"staleness/importance_weight", "staleness/importance_clipped"}
 LARGE_STEPS = {**PLAIN_STEPS, "learning_rate": 1e-2, "adam_epsilon": 1e-8, "gradient_clipping": 1.0}
 
 
@@ -99,12 +102,14 @@ def totals(batch: Sequence[GuidedTrajectory]) -> dict[str, Any]:
     }
 
 
-def make_engine(folder: Path, *, steps: Mapping[str, Any] = PLAIN_STEPS, **changes: Any) -> LearnerEngine:
+def make_engine(
+    folder: Path, *, steps: Mapping[str, Any] = PLAIN_STEPS, objective: ObjectiveConfig | None = None, **changes: Any
+) -> LearnerEngine:
     in_group = {key: changes.pop(key) for key in ("rank", "world_size", "init_method") if key in changes}
     return LearnerEngine(
         StudentConfig(model=str(folder)),
         LearnerConfig(**{"zero_stage": 0, "max_tokens_per_micro_batch": 40, **steps, **changes}),
-        ObjectiveConfig(),
+        objective or ObjectiveConfig(),
         temperature=TEMPERATURE,
         total_updates=TOTAL_UPDATES,
         threads=1,
@@ -134,8 +139,11 @@ def assert_near(found: Mapping[str, torch.Tensor], right: Mapping[str, torch.Ten
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=2e-6, msg=f"{name} differs")
 
 
-def plain_loss(model: Any, batch: Sequence[GuidedTrajectory], guidance_weight: float) -> torch.Tensor:
+def plain_loss(
+    model: Any, batch: Sequence[GuidedTrajectory], objective: ObjectiveConfig | None = None, *, policy_version: int = 0
+) -> torch.Tensor:
     """L_OPD + lambda * L_traj over the whole vocabulary, one trajectory after the other, without any padding."""
+    objective = objective or ObjectiveConfig()
     token_loss, guidance = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for one in batch:
         prompt, response = one.trajectory.prompt_ids, one.trajectory.response_ids
@@ -145,12 +153,24 @@ def plain_loss(model: Any, batch: Sequence[GuidedTrajectory], guidance_weight: f
         teacher = torch.empty_like(student).scatter_(
             1, torch.tensor(one.scores.topk_ids).long(), torch.tensor(one.scores.topk_logprobs).double()
         )
-        token_loss = token_loss + (student.exp() * (student - teacher)).sum()
+        importance = torch.ones(len(response)).double()
+        if one.trajectory.policy_version < policy_version:
+            importance = torch.tensor(plain_weights(student.detach().numpy(), one.trajectory, objective))
+        token_loss = token_loss + (importance[:, None] * student.exp() * (student - teacher)).sum()
         rows = np.repeat(np.arange(len(response)), np.diff(one.targets.indptr))
-        weights = torch.tensor(one.targets.weights).double()
-        guidance = guidance - (weights * student[rows, one.targets.token_ids]).sum() - float(one.targets.entropy.sum())
+        weights = torch.tensor(one.targets.weights).double() * importance[rows]
+        guidance = guidance - (weights * student[rows, one.targets.token_ids]).sum()
+        guidance = guidance - (importance * torch.tensor(one.targets.entropy)).sum()
     sums = totals(batch)
-    return token_loss / sums["num_tokens"] + guidance_weight * guidance / sums["num_guided"]
+    return token_loss / sums["num_tokens"] + objective.guidance_weight * guidance / sums["num_guided"]
+
+
+def plain_weights(student_TV: np.ndarray, trajectory: Trajectory, objective: ObjectiveConfig) -> list[float]:
+    """Of each position, from the log-probs of the tokens before it, one after the other."""
+    clip, horizon = objective.importance_clip, objective.importance_horizon
+    pairs = zip(student_TV, trajectory.response_ids, trajectory.behaviour_logprobs, strict=True)
+    ratios = [float(np.exp(student_V[token] - np.float64(behaviour))) for student_V, token, behaviour in pairs]
+    return [min(clip, float(np.prod(ratios[max(0, t - horizon) : t]))) for t in range(len(ratios))]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -180,7 +200,7 @@ def test_loss_and_gradient_are_those_of_the_plain_loss(
     found = figures(engine.learn(batch, **totals(batch)))
 
     model = load_tiny_model(student).double()
-    loss = plain_loss(model, batch, ObjectiveConfig().guidance_weight)
+    loss = plain_loss(model, batch)
     loss.backward()
     assert found["loss/total"] == pytest.approx(loss.item(), rel=1e-5)
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
@@ -228,7 +248,8 @@ def test_metrics_say_what_the_update_did(tied: Path) -> None:
     found = figures(engine.learn(batch, **totals(batch)))
     engine.shutdown()
     own = {"total", "grad_norm", "learning_rate", "tokens", "micro_batches", "padding"}
-    assert found.keys() == {*METRIC_KEYS.values(), *(f"learner/{key}" for key in own - {"total"}), "loss/total"}
+    of_loss = {*METRIC_KEYS.values()} - STALENESS_KEYS
+    assert found.keys() == {*of_loss, *(f"learner/{key}" for key in own - {"total"}), "loss/total"}
     assert found["learner/tokens"] == totals(batch)["num_tokens"]
     lengths = [len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens - 1 for one in batch]
     assert found["learner/micro_batches"] == len(pack(lengths, 40)) == 3
@@ -269,7 +290,7 @@ def test_the_student_as_its_own_teacher_has_no_loss(tied: Path) -> None:
 
 def test_the_loss_of_one_batch_falls(tied: Path) -> None:
     batch = make_batch(4, top_k=6)
-    engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=2)
+    engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=2, objective=UNWEIGHTED)
     before = engine.loss(batch, **totals(batch))
     for _ in range(12):
         engine.learn(batch, **totals(batch))
@@ -424,7 +445,7 @@ def test_bfloat16_follows_float32(tied: Path) -> None:
     batch = make_batch(6, top_k=6)
     losses, norms = {}, {}
     for stage, dtype in [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]:
-        engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=stage, dtype=dtype)
+        engine = make_engine(tied, steps=LARGE_STEPS, zero_stage=stage, dtype=dtype, objective=UNWEIGHTED)
         metrics = [figures(engine.learn(batch, **totals(batch))) for _ in range(3)]
         assert {one.dtype for _, one in engine.state_tensors()} == {getattr(torch, dtype)}
         engine.shutdown()
@@ -455,9 +476,7 @@ def test_bounded_logits_are_bounded_here_as_well(tied: Path, tmp_path: Path) -> 
     save_with_tokenizer(model, tied, tmp_path)
     batch = make_batch(3, top_k=NUM_TOKENS)
     engine = make_engine(tmp_path)
-    assert engine.loss(batch, **totals(batch)) == pytest.approx(
-        plain_loss(model.double(), batch, ObjectiveConfig().guidance_weight).item(), rel=1e-4
-    )
+    assert engine.loss(batch, **totals(batch)) == pytest.approx(plain_loss(model.double(), batch).item(), rel=1e-4)
     engine.shutdown()
 
 

@@ -128,3 +128,10 @@ def test_parts_of_different_length_are_refused(pair: list[GuidedTrajectory]) -> 
     narrow = replace(pair[1], scores=replace(pair[1].scores, topk_ids=pair[1].scores.topk_ids[:, :1]))
     with pytest.raises(DataError, match=r"trajectory b: topk_ids has shape \(3, 1\), and should have \(3, 2\)"):
         collate([pair[0], narrow], CPU)
+
+
+def test_stale_are_those_of_an_older_version(pair: list[GuidedTrajectory]) -> None:
+    newer = replace(pair[0], trajectory=replace(pair[0].trajectory, policy_version=3))
+    assert collate([pair[0], newer, pair[1]], CPU, policy_version=3).stale == (0, 2)
+    assert collate([newer], CPU, policy_version=3).stale == ()
+    assert collate(pair, CPU).stale == ()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.loss_case import NUM_GUIDED, SEGMENTS, SPEC, Case, D, N, V, assert_gradient, figures, full_divergence, ours
-from topd_ray.objective import LossMetrics, cap_mask, student_logprobs, topd_loss
+from topd_ray.objective import LossMetrics, cap_mask, prefix_weights, student_logprobs, topd_loss
 from topd_ray.objective.head import BLOCK_ELEMENTS
 from topd_ray.types import Metric
 
@@ -49,6 +49,29 @@ def test_everything_at_once_is_the_naive_loss(divergence: str, chunk_tokens: int
 
 
 @ALL_DIVERGENCES
+@pytest.mark.parametrize("changes", [{}, {"method": "opd"}, {"guidance_reduction": "sum", "logit_softcap": 2.5}])
+def test_weights_multiply_every_term_of_their_position(divergence: str, changes: dict[str, Any]) -> None:
+    """After caps, whose medians are of losses without weights; a (window, position) pair has its position's."""
+    case, weight = Case(4), 2.0 * torch.rand(N, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weight[5] = 0.0
+    capped = torch.arange(N) % 2 == 1
+    spec = replace(SPEC, divergence=divergence, jsd_beta=0.3, **changes)  # type: ignore[arg-type]
+    actual, expected = ours(case, case.batch(V, capped, weight), spec), case.naive(spec, capped, weight)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(case.gradients(actual), case.gradients(expected), atol=1e-11, rtol=1e-11)
+    assert abs(float((expected - case.naive(spec, capped)).detach())) > 1e-3
+
+
+def test_weights_of_one_are_none() -> None:
+    case, ones = Case(5), torch.ones(N, dtype=torch.float64)
+    capped = torch.arange(N) % 2 == 1
+    actual, expected = ours(case, case.batch(6, capped, ones)), ours(case, case.batch(6, capped))
+    assert torch.equal(actual, expected)
+    for one, other in zip(case.gradients(actual), case.gradients(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+@ALL_DIVERGENCES
 def test_gradient_against_finite_differences(divergence: str) -> None:
     case = Case(1)
     batch = case.batch(4)
@@ -69,6 +92,23 @@ def test_policy_gradient_is_the_frozen_surrogate() -> None:
     expected = -(weight * (batch.teacher_sampled_logprobs - student.detach()) * student).sum() / N
     actual = ours(case, batch, replace(SPEC, divergence="sampled_pg", method="opd"))
     torch.testing.assert_close(case.gradients(actual), case.gradients(expected), atol=1e-12, rtol=1e-12)
+
+
+def test_policy_gradient_takes_the_ratio_of_prefix_and_token_once_each() -> None:
+    """Where neither is clipped, their product is the ratio of the prefix with the token: no ratio comes twice."""
+    case = Case(1)
+    student = case.student().gather(1, case.sampled[:, None]).squeeze(1)
+    behaviour = student.detach() + 0.1 * torch.randn(N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    case.behaviour = behaviour.clamp(max=0.0)
+    weight = prefix_weights(student.detach(), case.behaviour, SEGMENTS, clip=1e9, horizon=N)
+    batch = case.batch(4, weight=weight)
+    log_ratios = (student.detach() - case.behaviour).split(SEGMENTS)
+    whole = torch.cat([part.cumsum(0) for part in log_ratios]).exp()
+    expected = -(whole * (batch.teacher_sampled_logprobs - student.detach()) * student).sum() / N
+    spec = replace(SPEC, divergence="sampled_pg", method="opd", importance_clip=1e9)
+    torch.testing.assert_close(
+        case.gradients(ours(case, batch, spec)), case.gradients(expected), atol=1e-12, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 1000])

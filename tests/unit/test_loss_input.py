@@ -83,6 +83,9 @@ BAD_VALUES: list[tuple[str, Callable[[LossBatch], Tensor], str]] = [
         lambda b: torch.where(b.target_indptr.diff() == 0, 0.5, b.target_entropy),
         r"target_entropy of row \d+ is 0.5, and should be 0: the row has no target_weights",
     ),
+    ("weight_N", lambda b: torch.full((N,), -0.5), r"weight_N holds -0.5, and should be finite and not negative"),
+    ("weight_N", lambda b: spoilt(torch.ones(N), 2, math.inf), r"weight_N holds inf, and should be finite and not"),
+    ("weight_N", lambda b: spoilt(torch.ones(N), 2, math.nan), r"weight_N holds nan, and should be finite and not"),
     (
         "target_indptr",
         lambda b: b.target_indptr + 1,
@@ -114,6 +117,9 @@ BAD_SHAPES: list[tuple[str, Callable[[LossBatch], Tensor], str]] = [
     ("target_indptr", lambda b: b.target_indptr[:-1], rf"target_indptr has shape \[{N}\], and should have \[{N + 1}\]"),
     ("target_weights", lambda b: b.target_weights[:-1], "target_weights has shape"),
     ("target_entropy", lambda b: b.target_entropy[:-1], "target_entropy has shape"),
+    ("weight_N", lambda b: torch.ones(N - 1), rf"weight_N has shape \[{N - 1}\], and should have \[{N}\]"),
+    ("weight_N", lambda b: torch.ones(N).int(), "weight_N is of torch.int32, and should be of a float dtype"),
+    ("weight_N", lambda b: torch.ones(N, device="meta"), "weight_N is on meta, and should be on cpu"),
     ("capped", lambda b: b.capped.int(), "capped is of torch.int32, and should be of a bool dtype"),
     ("sampled_ids", lambda b: b.sampled_ids.float(), "sampled_ids is of torch.float32, and should be of a integer"),
     ("target_weights", lambda b: b.target_weights.int(), "target_weights is of torch.int32, and should be of a float"),
@@ -254,6 +260,8 @@ def test_the_caller_may_look_for_nan_himself() -> None:
         broken = replace(batch, **{name: torch.full_like(getattr(batch, name), torch.nan)})
         loss = ours(case, broken, check_finite=False)
         assert bool(loss.isnan()) or name == "teacher_sampled_logprobs", name
+    weight = spoilt(torch.ones(N), 3, math.nan)
+    assert bool(ours(case, replace(batch, weight_N=weight), check_finite=False).isnan())
     with pytest.raises(DataError, match="sampled_ids holds the id"):
         ours(case, replace(batch, sampled_ids=batch.sampled_ids - V), check_finite=False)
 

@@ -49,7 +49,8 @@ for kernel, outputs in pointers.items():
 
 def results(dtype: torch.dtype, spec: LossSpec, seed: int, **arguments: Any) -> tuple[Tensor, ...]:
     case = Case(seed, dtype)
-    batch = case.batch(4, torch.arange(N) % 5 == 0 if spec.divergence != "sampled_pg" else None)
+    capped = torch.arange(N) % 5 == 0 if spec.divergence != "sampled_pg" else None
+    batch = case.batch(4, capped, torch.linspace(0.0, 2.0, N))
     batch = type(batch)(**{name: getattr(batch, name).to(DEVICE) for name in batch.__slots__})
     padding = torch.full((3, case.head.shape[1]), 100.0)
     head = torch.cat([case.head.detach(), padding.to(dtype)]).to(DEVICE).requires_grad_()

@@ -195,7 +195,10 @@ class ObjectiveConfig(Section):
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence."""
     importance_clip: Annotated[float, Field(gt=0.0)] = 2.0
-    """Largest importance weight of `sampled_pg`."""
+    """Largest importance weight: of a prefix that an older policy wrote, and of a token under `sampled_pg`."""
+    importance_horizon: Annotated[int, Field(ge=0)] = 64
+    """Tokens before a position whose p_S / p_behaviour make up its importance weight, in trajectories that an older
+    policy wrote; 0 leaves them unweighted."""
     guidance_weight: Annotated[float, Field(ge=0.0)] = 0.3
     """lambda."""
     guidance_reduction: Literal["mean", "sum"] = "mean"

@@ -39,6 +39,8 @@ class MicroBatch:
 
     tokens: TokenBatch
     loss: LossBatch
+    stale: tuple[int, ...] = ()
+    """which of the trajectories an older policy wrote than the one that learns"""
     weight: float = 1.0
     """1, or 0 for a stand-in that only keeps the ranks in step"""
 
@@ -73,9 +75,12 @@ def collate_tokens(trajectories: Sequence[Trajectory], device: torch.device) -> 
     )
 
 
-def collate(guided: Sequence[GuidedTrajectory], device: torch.device, *, weight: float = 1.0) -> MicroBatch:
+def collate(
+    guided: Sequence[GuidedTrajectory], device: torch.device, *, policy_version: int = 0, weight: float = 1.0
+) -> MicroBatch:
     """Lay the response tokens of all trajectories one after the other, with what the teacher says about each.
 
+    Trajectories of a version before `policy_version` are stale.
     Raises DataError where the parts of a trajectory differ in length, or the trajectories in their number of teacher
     tokens.
     """
@@ -86,6 +91,7 @@ def collate(guided: Sequence[GuidedTrajectory], device: torch.device, *, weight:
     segments = np.repeat(np.arange(len(guided)), tokens.num_response_tokens)
     return MicroBatch(
         tokens=tokens,
+        stale=tuple(i for i, one in enumerate(guided) if one.trajectory.policy_version < policy_version),
         weight=weight,
         loss=LossBatch(
             sampled_ids=tokens.sampled_ids_N,

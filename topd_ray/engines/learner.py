@@ -107,6 +107,7 @@ class LearnerEngine:
                 kernel=learner.loss_kernel,
             ),
             num_tokens=read_vocabulary(student).size,
+            importance_horizon=objective.importance_horizon,
         )
         self._engine = self._wrap(module)
 
@@ -295,7 +296,7 @@ class LearnerEngine:
     def _collate(self, trajectories: Sequence[GuidedTrajectory], part: Sequence[int]) -> MicroBatch:
         if not part:
             return collate([stand_in()], self._device, weight=0.0)
-        return collate([trajectories[index] for index in part], self._device)
+        return collate([trajectories[index] for index in part], self._device, policy_version=self._policy_version)
 
     def _refuse_non_finite_loss(self, tally: "Tally") -> None:
         losses = torch.stack(tally.losses)

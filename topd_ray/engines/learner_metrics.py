@@ -19,11 +19,14 @@ METRIC_KEYS = {
     "teacher_top1": "student/agrees_with_teacher",
     "mismatch": "mismatch/logprob",
     "mismatch_abs": "mismatch/abs_logprob",
+    "importance_weight": "staleness/importance_weight",
+    "importance_clipped": "staleness/importance_clipped",
 }
-"""Key of each of the loss's figures (`LossMetrics` says what they are). `learn` adds `loss/total` (L_OPD + lambda
-L_traj), `learner/grad_norm` (before clipping), `learner/learning_rate`, `learner/tokens` (response tokens of the
-update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions computed for nothing: rows
-are not padded, but a rank out of work gets stand-ins)."""
+"""Key of each of the loss's figures (`LossMetrics` says what they are; those of importance weights are means over the
+tokens of stale trajectories, and absent without any: the weight, and the share at the clip). `learn` adds
+`loss/total` (L_OPD + lambda L_traj), `learner/grad_norm` (before clipping), `learner/learning_rate`, `learner/tokens`
+(response tokens of the update), `learner/micro_batches` (of a rank) and `learner/padding` (share of the positions
+computed for nothing: rows are not padded, but a rank out of work gets stand-ins)."""
 
 
 class Tally:

@@ -5,8 +5,8 @@ model, V vocabulary.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from topd_ray.config.schema import LearnerConfig, StudentConfig
 from topd_ray.engines.attention import EAGER, choose_attention, row_arguments
 from topd_ray.engines.collate import MicroBatch, TokenBatch
 from topd_ray.errors import ConfigError
-from topd_ray.objective.loss import LossMetrics, LossSpec, student_logprobs, topd_loss
+from topd_ray.objective.importance import prefix_weights
+from topd_ray.objective.loss import LossBatch, LossMetrics, LossSpec, student_logprobs, topd_loss
 
 PROBE_TOKENS = 8
+Figures = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""as those of `LossMetrics`"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,23 +43,28 @@ class LossHead(nn.Module):
     inference engines.
     """
 
-    def __init__(self, head: nn.Linear, spec: LossSpec, num_tokens: int) -> None:
+    def __init__(self, head: nn.Linear, spec: LossSpec, num_tokens: int, importance_horizon: int) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
         self.spec = spec
         self.num_vocabulary = min(num_tokens, head.out_features)
+        self.importance_horizon = importance_horizon
 
     def forward(
         self, hidden_ND: torch.Tensor, batch: MicroBatch | TokenBatch, totals: BatchTotals | None
     ) -> tuple[torch.Tensor, LossMetrics | None]:
         if isinstance(batch, TokenBatch):
-            return self._sampled_logprobs(hidden_ND, batch), None
+            return self._logprobs(hidden_ND, batch.sampled_ids_N), None
         assert totals is not None, "a loss needs the totals of its batch"
-        return topd_loss(
+        loss_batch: LossBatch = batch.loss
+        staleness: Figures = {}
+        if batch.stale and self.importance_horizon:
+            loss_batch, staleness = self._weighted(hidden_ND, batch)
+        loss, metrics = topd_loss(
             hidden_ND,
             self.weight,
-            batch.loss,
+            loss_batch,
             self.spec,
             num_tokens=totals.num_tokens,
             num_guided=totals.num_guided,
@@ -65,12 +73,39 @@ class LossHead(nn.Module):
             num_vocabulary=self.num_vocabulary,
             check_finite=False,  # the ranks have to agree on what to do
         )
+        return loss, LossMetrics(figures={**metrics.figures, **staleness}) if staleness else metrics
 
-    def _sampled_logprobs(self, hidden_ND: torch.Tensor, tokens: TokenBatch) -> torch.Tensor:
+    @torch.no_grad()
+    def _weighted(self, hidden_ND: torch.Tensor, batch: MicroBatch) -> tuple[LossBatch, Figures]:
+        """The batch with the prefix weights of its stale trajectories, exactly 1 elsewhere, and the weights' figures.
+
+        One more product with the output layer for the S stale tokens, and no second pass through the model.
+        """
+        lengths, spec = batch.tokens.num_response_tokens, self.spec
+        starts = [*accumulate(lengths, initial=0)]
+        spans = [torch.arange(starts[i], starts[i + 1], device=hidden_ND.device) for i in batch.stale]
+        stale_S = torch.cat(spans)
+        weight_S = prefix_weights(
+            self._logprobs(hidden_ND[stale_S], batch.loss.sampled_ids[stale_S]),
+            batch.loss.behaviour_logprobs[stale_S],
+            [lengths[i] for i in batch.stale],
+            clip=spec.importance_clip,
+            horizon=self.importance_horizon,
+            check_finite=False,
+        )
+        count = weight_S.new_tensor(float(len(weight_S)))
+        figures = {
+            "importance_weight": (weight_S.sum(), count),
+            "importance_clipped": ((weight_S >= spec.importance_clip).sum().to(count), count),
+        }
+        weight_N = weight_S.new_ones(len(hidden_ND)).index_copy(0, stale_S, weight_S)
+        return replace(batch.loss, weight_N=weight_N), figures
+
+    def _logprobs(self, hidden_ND: torch.Tensor, token_ids_N: torch.Tensor) -> torch.Tensor:
         return student_logprobs(
             hidden_ND,
             self.weight,
-            tokens.sampled_ids_N,
+            token_ids_N,
             self.spec.temperature,
             self.spec.chunk_tokens,
             logit_softcap=self.spec.logit_softcap,
@@ -82,10 +117,10 @@ class LossHead(nn.Module):
 class StudentWithLoss(nn.Module):
     """A causal language model that returns a loss (or the sampled tokens' log-probabilities) instead of logits."""
 
-    def __init__(self, model: Any, spec: LossSpec, num_tokens: int) -> None:
+    def __init__(self, model: Any, spec: LossSpec, num_tokens: int, *, importance_horizon: int) -> None:
         super().__init__()
         self.model = model
-        self.head = LossHead(model.get_output_embeddings(), spec, num_tokens)
+        self.head = LossHead(model.get_output_embeddings(), spec, num_tokens, importance_horizon)
 
     def forward(
         self, batch: MicroBatch | TokenBatch, totals: BatchTotals | None = None

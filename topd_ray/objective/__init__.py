@@ -33,6 +33,7 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 | `token_losses` | the losses of single tokens that caps are measured by |
 | `trajectory_medians` | their medians over trajectories, also over parts of these |
 | `student_logprobs` | log-probs of given tokens under the student |
+| `prefix_weights` | importance weights of positions whose prefix an older policy wrote |
 | `SparseTargets` | what `fold_windows` returns: weights of tokens, one row a position |
 | `DataError` | raised for arguments that cannot be right |
 | `NonFiniteLossError` | raised for a loss that is NaN or infinite |
@@ -48,6 +49,7 @@ from topd_ray.objective.divergence import (
     sampled_policy_gradient,
     topk_divergence,
 )
+from topd_ray.objective.importance import prefix_weights
 from topd_ray.objective.loss import (
     LossBatch,
     LossMetrics,
@@ -95,6 +97,7 @@ __all__ = [
     "full_divergence",
     "ground_cost",
     "pad_windows",
+    "prefix_weights",
     "sampled_divergence",
     "sampled_policy_gradient",
     "select_candidates",

@@ -280,7 +280,8 @@ def sampled_policy_gradient(
 
     -(w * A).detach() * log p_S(x), advantage A = log p_T(x) - log p_S(x), truncated importance weight
     w = min(p_S(x) / p_behaviour(x), importance_clip). Its mean gradient over x ~ behaviour is that of KL(p_S || p_T)
-    wherever nothing is truncated. All three [N], in nats; the gradient goes to the student. Raises DataError on shapes
+    wherever nothing is truncated. The weight is of the token alone: that of its prefix (`prefix_weights`) multiplies
+    the loss. All three [N], in nats; the gradient goes to the student. Raises DataError on shapes
     that do not fit, log-probs that are NaN or above 0, and a clip that is not above 0.
     Source: the on-policy estimate of the reverse KL of the paper's section 3; truncated weights as in IMPALA's V-trace
     (arXiv 1802.01561).

@@ -79,7 +79,7 @@ class FusedLoss(torch.autograd.Function):
 def all_chunks(
     head: Head, batch: LossBatch, median_N: Tensor | None, shares: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token losses [N] after caps, guidance KL summed over the windows [N], and FIGURES [N, F] of all tokens."""
+    """Token losses [N] after caps and guidance KL summed over the windows [N], both weighted; FIGURES [N, F]."""
     chunks = head.chunks()
     batches = batch.split([chunks[0].start, *(chunk.stop for chunk in chunks)])
     parts = []
@@ -157,6 +157,9 @@ def _losses(
         logp_Z = picked_P[picks.num_excluded :] - log_normaliser_N[rows_Z]
         guidance_N = guidance_N.index_add(0, rows_Z, -batch.target_weights.to(logp_Z) * logp_Z)
         guidance_N = guidance_N - batch.target_entropy.to(guidance_N)
+    if batch.weight_N is not None:
+        weight_N = batch.weight_N.to(sampled_N)
+        token_loss_N, guidance_N = token_loss_N * weight_N, guidance_N * weight_N
     with torch.no_grad():
         mismatch_N = sampled_N - batch.behaviour_logprobs
         top1_N = torch.zeros_like(support.is_floored)

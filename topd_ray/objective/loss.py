@@ -7,6 +7,8 @@ Axes: N response tokens of a micro-batch, laid end to end without padding; D hid
 Log-probabilities in nats, at the rollout's temperature.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,8 @@ def topd_loss(
     loss = (1 / num_tokens) sum_t l_t + guidance_weight * G. l_t is the divergence of token t, scaled (by a constant) to
     the median of its trajectory where it is capped and above. G = sum_p [sum_v w_p(v) (-log p_S(v)) - H_p], the KL
     of every (window, position) pair, divided by `num_guided` (reduction `mean`) or by `num_trajectories` (`sum`).
+    Where the batch has a `weight_N`, l_t (after its cap) and the summand of position p are multiplied by its entries,
+    as constants; the counts stay what they are.
     The three counts are those of the whole batch, over all micro-batches and ranks, so that the losses of the
     micro-batches add up to the batch loss; a count of 0 makes its part 0.
 
@@ -68,9 +72,9 @@ def topd_loss(
     raises RuntimeError, and so does one with `create_graph`.
 
     Raises DataError on shapes, dtypes or devices that do not fit, token ids outside of the vocabulary, log-probs that
-    are NaN or of more than all the probability, weights that are negative or do not sum to a number of windows, an
-    entropy without weights, caps under `sampled_pg`, and counts that are negative or missing; NonFiniteLossError if the
-    loss is not finite, naming the argument to blame.
+    are NaN or of more than all the probability, weights that are negative or (those of targets) do not sum to a number
+    of windows, an entropy without weights, caps under `sampled_pg`, and counts that are negative or missing;
+    NonFiniteLossError if the loss is not finite, naming the argument to blame.
     With `check_finite` off, NaN in the batch and the loss are left to the caller, who reads the loss: ranks that train
     together must find out together.
     Source: L_TOPD, the paper's section 4; the cap, its down-weighting ablation.
@@ -109,7 +113,7 @@ def token_losses(
     num_vocabulary: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
-    """l_t of every token before caps, [N] (nats), without gradient: what the medians of caps are taken of.
+    """l_t of every token before caps and weights, [N] (nats), without gradient: what medians of caps are taken of.
 
     Arguments, dtypes and errors (DataError, NonFiniteLossError) as those of `topd_loss`; with `check_finite` off, NaN
     is left to the caller. Under `sampled_pg` values mean nothing, and there is nothing to cap.
@@ -195,7 +199,7 @@ def student_logprobs(
 
 @torch.no_grad()
 def _token_losses(head: Head, batch: LossBatch) -> Tensor:
-    return all_chunks(head, batch, None, (1.0, 0.0))[0]
+    return all_chunks(head, replace(batch, weight_N=None), None, (1.0, 0.0))[0]
 
 
 def _metrics(

@@ -79,8 +79,9 @@ def check_batch(
         not_logprobs("behaviour_logprobs", batch.behaviour_logprobs, allow_nan=allow_nan),
         *_guidance_findings(batch, num_vocabulary, allow_nan),
     ]
-    if median_N is not None:
-        findings.append(_negative("median_N", median_N, allow_nan))
+    for name, values_N in (("median_N", median_N), ("weight_N", batch.weight_N)):
+        if values_N is not None:
+            findings.append(_negative(name, values_N, allow_nan))
     # One transfer for the answer to all of them, and to the caller's own question.
     flags = torch.stack([flag for flag, _ in findings]).any()
     is_wrong, is_capped = torch.stack([flags, any_capped]).tolist()
@@ -118,10 +119,11 @@ def _check_tensors(batch: LossBatch, hidden_ND: Tensor, median_N: Tensor | None)
             check_shape(name, getattr(batch, name), *shape)
             check_dtype(name, getattr(batch, name), kind)
             check_device(name, getattr(batch, name), hidden_ND.device)
-    if median_N is not None:
-        check_shape("median_N", median_N, num_tokens)
-        check_dtype("median_N", median_N, "float")
-        check_device("median_N", median_N, hidden_ND.device)
+    for name, values_N in (("median_N", median_N), ("weight_N", batch.weight_N)):
+        if values_N is not None:
+            check_shape(name, values_N, num_tokens)
+            check_dtype(name, values_N, "float")
+            check_device(name, values_N, hidden_ND.device)
 
 
 def _guidance_findings(batch: LossBatch, num_vocabulary: int, allow_nan: bool) -> list[Finding]:

@@ -36,7 +36,7 @@ class LossSpec:
     jsd_beta: float = 0.5
     """weight of the teacher under `jsd`, inside (0, 1)"""
     importance_clip: float = 2.0
-    """bound of p_S / p_behaviour under `sampled_pg`"""
+    """bound of the token's own p_S / p_behaviour under `sampled_pg`; `LossBatch.weight_N` comes with its own"""
     guidance_weight: float = 0.3
     """lambda"""
     guidance_reduction: Literal["mean", "sum"] = "mean"
@@ -96,6 +96,8 @@ class LossBatch:
     """[Z] float, no unit; the weights of a row sum to the number of windows that cover it"""
     target_entropy: Tensor
     """[N] float, nats, the entropies of the soft targets of these windows, summed; 0 where none covers"""
+    weight_N: Tensor | None = None
+    """[N] float, no unit, what the losses of the position are multiplied by (`prefix_weights`); None: by 1"""
 
     def rows(self, start: int, stop: int) -> "LossBatch":
         """Tokens start .. stop - 1 as a batch of their own."""
@@ -117,6 +119,7 @@ class LossBatch:
                 target_ids=self.target_ids[first:last],
                 target_weights=self.target_weights[first:last],
                 target_entropy=self.target_entropy[start:stop],
+                weight_N=None if self.weight_N is None else self.weight_N[start:stop],
             )
             for (start, stop), (first, last) in zip(pairwise(edges), pairwise(target_edges), strict=True)
         ]
@@ -126,20 +129,24 @@ class LossBatch:
 class LossMetrics:
     """Figures of one micro-batch as (sum, count) pairs of detached scalars; they stay on the device until asked for.
 
-    `token_loss` (after caps), `token_divergence` (before; the reverse KL under sampled_pg), `guidance_kl` per guided
-    (window, position) pair (under `topd`), `student_entropy` (on the support), `mismatch` and `mismatch_abs` (student
-    minus behaviour log-prob of the sampled token), `capped` (share of tokens), `teacher_top1` (the student's likeliest
-    token is the teacher's), `student_tail` and `teacher_tail` (mass outside of the support).
+    `token_loss` (after caps and weights), `token_divergence` (before both; the reverse KL under sampled_pg),
+    `guidance_kl` per guided (window, position) pair (under `topd`; after weights), `student_entropy` (on the support),
+    `mismatch` and `mismatch_abs` (student minus behaviour log-prob of the sampled token), `capped` (share of tokens),
+    `teacher_top1` (the student's likeliest token is the teacher's), `student_tail` and `teacher_tail` (mass outside of
+    the support).
     """
 
     figures: Mapping[str, tuple[Tensor, Tensor]]
 
     @classmethod
     def total(cls, parts: Sequence["LossMetrics"]) -> "LossMetrics":
-        """Figures of several micro-batches, at least one, added up in float64 on their device."""
+        """Figures of several micro-batches, at least one, added up in float64 on their device.
+
+        A figure that some have not got is that of the others.
+        """
         totals = {
-            key: torch.stack([torch.stack(one.figures[key]) for one in parts]).double().sum(0)
-            for key in parts[0].figures
+            key: torch.stack([torch.stack(one.figures[key]) for one in parts if key in one.figures]).double().sum(0)
+            for key in dict.fromkeys(key for one in parts for key in one.figures)
         }
         return cls(figures={key: (total_2[0], total_2[1]) for key, total_2 in totals.items()})
 
