@@ -62,6 +62,12 @@ def _of_pipeline(config: "TopdConfig") -> Iterator[Contradiction]:
             text=f"found max_staleness {config.pipeline.max_staleness}, with which a batch depends on who is done "
             "first; right would be max_staleness 0, or deterministic false",
         )
+    if config.pipeline.max_staleness > 0 and config.rollout.top_p < 1.0 and config.objective.importance_horizon > 0:
+        yield Contradiction(
+            keys=("pipeline.max_staleness", "rollout.top_p", "objective.importance_horizon"),
+            text=f"found top_p {config.rollout.top_p} with importance weights of the whole policy; right would be "
+            "top_p 1, or importance_horizon 0",
+        )
 
 
 def _of_objective(config: "TopdConfig") -> Iterator[Contradiction]:
