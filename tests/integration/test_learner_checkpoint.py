@@ -27,6 +27,8 @@ from topd_ray.errors import CheckpointError, LearnerError
 
 pytestmark = pytest.mark.usefixtures("no_process_group_left")
 CASES = tuple(product((0, 1, 2, 3), ("float32", "bfloat16")))
+# With several ranks stages 1 and 2 share DeepSpeed's code, stage 1 in bfloat16 excepted.
+TWO_RANK_CASES = tuple(case for case in CASES if case not in ((1, "float32"), (2, "bfloat16")))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_two_ranks_resume_bitwise_and_go_on_from_one_and_one_from_two(tmp_path: 
     make_tiny_model(tmp_path / "model", seed=0, tied=False)
     batch = make_batch(6, top_k=6)
     after: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-    for stage, dtype in CASES:
+    for stage, dtype in TWO_RANK_CASES:
         engine = rank_engine(tmp_path, stage, dtype)
         engine.learn(batch, **totals(batch))
         engine.save(tmp_path / f"one-{stage}-{dtype}")
@@ -130,7 +132,7 @@ def test_two_ranks_resume_bitwise_and_go_on_from_one_and_one_from_two(tmp_path: 
         after[stage, dtype] = weights_of(engine)
         engine.shutdown()
     torch.multiprocessing.spawn(_run_rank, args=(free_init_method(), tmp_path), nprocs=2)
-    for stage, dtype in CASES:
+    for stage, dtype in TWO_RANK_CASES:
         found = torch.load(tmp_path / f"found-{stage}-{dtype}.pt")
         written = whole_state(tmp_path / f"two-{stage}-{dtype}")
         assert_equal(whole_state(tmp_path / f"two-again-{stage}-{dtype}"), written)
@@ -156,7 +158,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
     batch = make_batch(6, top_k=6)
     share = batch[:4] if rank == 0 else batch[4:]
     group = {"rank": rank, "world_size": 2, "init_method": init_method}
-    for stage, dtype in CASES:
+    for stage, dtype in TWO_RANK_CASES:
         case = f"{stage}-{dtype}"
         engine = rank_engine(folder, stage, dtype, **group)
         engine.learn(share, **totals(batch))

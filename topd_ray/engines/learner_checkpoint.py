@@ -244,9 +244,9 @@ def _pieces(state: OptimizerState) -> Iterator[tuple[str, torch.Tensor]]:
     most = PART_BYTES // ELEMENT_BYTES
     for run in state.own_runs():
         for slot, flat in ((WEIGHT, run.flat), *state.moments(run.flat).items()):
-            for place, piece in enumerate(run.of(flat).split(most)):
-                if piece.numel() > 0:
-                    yield f"{slot}:{run.start + place * most}:{run.name}", piece
+            elements = run.of(flat)
+            for first in range(0, run.length, most):
+                yield f"{slot}:{run.start + first}:{run.name}", elements[first : first + most]
 
 
 def _parts(pieces: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -280,7 +280,7 @@ class _Pieces:
 
     def __init__(self, folder: Path) -> None:
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
-        self._files = [safe_open(path, "pt") for path in sorted(folder.glob("rank-*-part-*.safetensors"))]
+        self._files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob("rank-*-part-*.safetensors"))]
         for file in self._files:
             for key in file.keys():  # noqa: SIM118
                 slot, start, name = key.split(":", 2)
