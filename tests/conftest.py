@@ -6,7 +6,7 @@ import sys
 import pytest
 from hypothesis import settings
 
-from topd_ray import doctor
+from topd_ray.doctor import machine
 
 # Read when torch, Ray and the hub client are imported, also by Ray's workers, which inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    if not doctor.list_gpus():
+    if not machine.list_gpus():
         reason = "needs an NVIDIA GPU, nvidia-smi lists none"
-    elif doctor.installed_device() != "gpu":
+    elif machine.installed_device() != "gpu":
         reason = "needs the GPU packages: make setup DEVICE=gpu"
     else:
         return

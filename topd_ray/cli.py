@@ -88,10 +88,16 @@ def eval_command(args: argparse.Namespace) -> int:
 
 
 def doctor_command(args: argparse.Namespace) -> int:
-    """Tell what this machine has and lacks."""
-    from topd_ray import doctor
+    """Tell what this machine has and lacks, or whether a run folder is well."""
+    from topd_ray.doctor.finding import show
 
-    return doctor.main()
+    if args.run is None:
+        from topd_ray.doctor.machine import report as report_machine
+
+        return show(report_machine())
+    from topd_ray.doctor.run import report as report_run
+
+    return show(report_run(args.run))
 
 
 class Say:
@@ -152,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
     evaluate.set_defaults(command=eval_command)
-    doctor = commands.add_parser("doctor", help="what this machine has and lacks", description=doctor_command.__doc__)
+    doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
+    doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
     return parser
 

@@ -62,7 +62,7 @@ def test_jsonl_drops_an_unfinished_last_line(tmp_path: Path) -> None:
 def test_jsonl_leaves_foreign_files_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nhello\n{"step": 2}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl:2: found a line that is no figures of a step"):
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: found a line without the step it belongs to"):
         JsonlSink(path, resume_step=5)
     assert path.read_text() == '{"step": 1}\nhello\n{"step": 2}\n'
 

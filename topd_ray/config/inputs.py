@@ -32,6 +32,9 @@ HARMLESS = (
     "metrics.*",
     "resources.*",
     "teacher.verify",
+    "learner.num_ranks",
+    "learner.zero_stage",
+    "learner.offload_optimizer",
     *(
         f"{section}.{field}"
         for section in ("rollout", "teacher")
@@ -49,8 +52,8 @@ HARMLESS = (
 """Fields that may change between two sessions of a run: they decide neither what is trained on what, nor
 how it is graded."""
 
-CHECKPOINT_BYTES_PER_PARAMETER = 16
-"""Weights, their float32 master copy, and AdamW's two moments."""
+CHECKPOINT_BYTES_PER_PARAMETER = 12
+"""Weights and AdamW's two moments, in float32."""
 EXPORT_BYTES_PER_PARAMETER = 4
 FREE_BYTES = 256 * 1024**2
 """Disk space for everything else a run writes."""

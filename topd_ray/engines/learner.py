@@ -4,7 +4,6 @@ An update is one optimiser step on one batch, however the batch is split over ra
 loss is divided by the totals of the whole batch, and DeepSpeed's own averaging over ranks is undone.
 """
 
-import json
 import math
 import os
 import warnings
@@ -27,6 +26,7 @@ from topd_ray.engines.collate import (
     stand_in,
 )
 from topd_ray.engines.export import copy_tokenizer, write_student
+from topd_ray.engines.learner_checkpoint import OptimizerState, load_state, save_state
 from topd_ray.engines.learner_group import meet, own_device
 from topd_ray.engines.learner_metrics import Tally
 from topd_ray.engines.optimisation import adamw, deepspeed_config, learning_rate, parameter_groups
@@ -39,12 +39,9 @@ from topd_ray.engines.student_model import (
     logit_softcap,
     to_hub_names,
 )
-from topd_ray.errors import CheckpointError, LearnerError, NonFiniteLossError
+from topd_ray.errors import LearnerError, NonFiniteLossError
 from topd_ray.objective.loss import LossSpec
 from topd_ray.types import Float32, GuidedTrajectory, Metric, Trajectory
-
-CHECKPOINT_TAG = "deepspeed"
-LAYOUT_FILE = "learner.json"
 
 
 class LearnerEngine:
@@ -227,38 +224,22 @@ class LearnerEngine:
         self._barrier()
 
     def save(self, folder: Path | str) -> None:
-        """Write what `load` needs to go on bitwise into `folder` (collective)."""
+        """Write what `load` needs to go on bitwise into `folder`, each rank its share (collective)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=CHECKPOINT_TAG, save_latest=False)
-        torch.save(_random_states(), folder / f"random-{self._rank:05d}.pt")
-        if self._rank == 0:
-            (folder / LAYOUT_FILE).write_text(json.dumps({"policy_version": self._policy_version, **self._layout()}))
+        save_state(self._state(), folder, rank=self._rank, num_ranks=self._world_size, version=self._policy_version)
         self._barrier()
 
     def load(self, folder: Path | str) -> None:
         """Go on from what `save` wrote, in an engine that has not learnt anything yet (collective).
 
-        Raises CheckpointError if there is no whole checkpoint, or it is of other ranks, ZeRO stage or dtype;
-        LearnerError if this engine has learnt already, since DeepSpeed cannot put all of its buffers back.
+        On as many ranks of the same ZeRO stage, bitwise; on others from the same weights and moments, with sums over
+        ranks in another order. Raises CheckpointError if there is no whole checkpoint, or it is of another model;
+        LearnerError if this engine has learnt already.
         """
         if self._failure is not None or self._policy_version > 0:
             raise LearnerError(f"a checkpoint needs a new learner, this one is at version {self._policy_version}")
-        folder = Path(folder)
-        try:
-            saved = json.loads((folder / LAYOUT_FILE).read_text())
-            random_states = torch.load(folder / f"random-{self._rank:05d}.pt", weights_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} holds no whole learner checkpoint: {error}") from error
-        version = saved.pop("policy_version")
-        if saved != self._layout():
-            raise CheckpointError(f"the checkpoint in {folder} is of {saved}, this learner is {self._layout()}")
-        with redirect_stdout(StringIO()):
-            path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed finds no checkpoint in {folder / CHECKPOINT_TAG}")
-        self._policy_version = version
-        _set_random_states(random_states)
+        self._policy_version = load_state(self._state(), Path(folder), rank=self._rank, num_ranks=self._world_size)
 
     def shutdown(self) -> None:
         """Free the model. The process group stays: other engines of this process may be using it."""
@@ -339,14 +320,8 @@ class LearnerEngine:
         context: AbstractContextManager[Any] = self._deepspeed.zero.GatheredParameters(partitioned)
         return context
 
-    def _layout(self) -> dict[str, Any]:
-        """What a checkpoint is bound to."""
-        return {
-            "num_ranks": self._world_size,
-            "zero_stage": self._learner.zero_stage,
-            "dtype": self._learner.dtype,
-            "offload_optimizer": self._learner.offload_optimizer,
-        }
+    def _state(self) -> OptimizerState:
+        return OptimizerState(self._engine, self._rank, self._world_size)
 
     def all_ranks(self, condition: bool) -> bool:
         """Whether `condition` holds on every rank (collective)."""
@@ -389,16 +364,3 @@ def _follow_default_group(deepspeed: Any) -> None:
 def _copy(tensor: torch.Tensor, dtype: torch.dtype | None, device: str | torch.device) -> torch.Tensor:
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to(device=device, dtype=wanted, copy=True)
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -1,6 +1,5 @@
 """Where metrics are written: always `metrics.jsonl`, and what the config asks for."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from topd_ray.config.schema import MetricsConfig
-from topd_ray.errors import DataError
+from topd_ray.metrics.step_lines import StepLines
 
 
 class Sink(Protocol):
@@ -20,26 +19,16 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line, `step` first, written through at once; figures that are not finite become null.
-
-    Opening cuts off what a run that is resumed at `resume_step` will write again: all lines from the first later step
-    on, and a last line that was not finished. Raises DataError for a file with other lines than its own.
-    """
+    """One JSON object a line (`StepLines`); figures that are not finite become null."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open("r+b") as file:
-                file.truncate(_kept_bytes(path, resume_step))
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = StepLines(path, resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        figures = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        self._file.flush()
+        self._lines.write(step, {key: value if math.isfinite(value) else None for key, value in values.items()})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 class TensorBoardSink:
@@ -85,22 +74,3 @@ class Sinks:
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
-
-
-def _kept_bytes(path: Path, resume_step: int) -> int:
-    """Length of the file up to the first line of a later step."""
-    kept = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path}:{number}: found a line that is no figures of a step; move the file away"
-                ) from error
-            if step > resume_step:
-                break
-            kept += len(line)
-    return kept

