@@ -27,7 +27,7 @@ from topd_ray.actors.messages import GuidedChunk, GuidedItem, RolloutChunk
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import PromptSchedule
 from topd_ray.pipeline.faults import LONE_ATTEMPTS
-from topd_ray.pipeline.flow import TEACHER_CALLS_IN_FLIGHT
+from topd_ray.pipeline.guiding import CALLS_IN_FLIGHT
 from topd_ray.pipeline.tasks import Tasks
 from topd_ray.types import Prompt, RolloutRequest, UpdateReport
 
@@ -137,7 +137,7 @@ class ScriptedFleet:
     def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
         one = self.workers["teacher"][teacher]
         assert one.is_up, "asked while lost"
-        assert len(one.has) < TEACHER_CALLS_IN_FLIGHT, "too many calls"
+        assert len(one.has) < CALLS_IN_FLIGHT, "too many calls"
         assert threshold == 0.25
         ids = tuple(each for chunk in chunks for each in chunk.trajectory_ids)
         held = [other for role in self.workers.values() for each in role for other in each.ids]
@@ -155,7 +155,7 @@ class ScriptedFleet:
         assert len(set(ids)) == len(ids) and set(ids) <= self.open
         assert len(ids) == min(self._config.batch_size, len(self.open)), "neither a batch nor all that is left"
         ages = [self.version - item.policy_version for item in items]
-        assert 0 <= min(ages) and max(ages) <= self._config.pipeline.max_staleness, "too old"
+        assert min(ages) >= 0 and max(ages) <= self._config.pipeline.max_staleness, "too old"
         is_lost = self._script.loses_payload("learn") or not all(self._is_there(item.handle) for item in items)
         self._later("learn", ids[0], lambda: self._learnt(items, ages, is_lost))
 

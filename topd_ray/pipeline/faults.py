@@ -1,8 +1,8 @@
-"""Which failures are a task's own, and how many restarts a run may need."""
+"""Which failures are a task's own, who tries it alone, and how many restarts a run may need."""
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from topd_ray.config.schema import FaultsConfig
 from topd_ray.pipeline.tasks import Task
@@ -43,3 +43,16 @@ class RestartBudget:
             self._restarts.popleft()
         self._restarts.append(now)
         return len(self._restarts) <= self._config.max_restarts
+
+
+def take_idle(load: dict[int, int], alone: Collection[object]) -> Iterator[int]:
+    """Take a worker out of `load` for each of `alone` while there are idle ones, and one more that is to become idle.
+
+    The caller takes one out of `alone` for each worker it gets. Without the one more, workers that always get
+    something new would never be idle.
+    """
+    while alone and load:
+        worker = min(load, key=load.__getitem__)
+        if load.pop(worker) > 0:
+            return
+        yield worker
