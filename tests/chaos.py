@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 from safetensors.numpy import load_file
+
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-from topd_ray.pipeline.ledger import read_ledger
 
 from tests.lan import Host, lan, missing
+from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
 RAY_FOLDER = Path("/tmp/ray")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from topd_ray.pipeline.ledger import read_ledger
 
 from tests.chaos import chaos, summary
+from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -48,14 +48,6 @@ class GuidedChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """Items handed out by the buffer until they are acknowledged, or the lease runs out."""
-
-    lease_id: int
-    items: tuple[GuidedItem, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Normalisers:
     """Global sums of one update, by which every rank and micro-batch divides its share of the loss."""
 

@@ -289,7 +289,7 @@ class FaultsConfig(Section):
     """A worker that has work and delivers nothing for this long counts as lost."""
     replace_seconds: Annotated[float, Field(gt=0.0)] = 900.0
     """How long a lost worker may take to be back, its place on a node and the loading of its model included."""
-    max_attempts: Annotated[int, Field(ge=2)] = 4
+    max_attempts: Annotated[int, Field(ge=3)] = 4
     """Failures of a worker that one input may be part of. The last two attempts are made with the input alone on a
     worker; if both fail, it is put into quarantine (quarantine.jsonl) and the run goes on without it."""
 

@@ -1,6 +1,6 @@
-"""Which failures are a task's own."""
+"""Which failures are a task's own, and who tries it alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from topd_ray.config.schema import FaultsConfig
 from topd_ray.pipeline.tasks import Task
@@ -24,3 +24,16 @@ class Blame:
         for task in tasks:
             task.num_failures += 1
         return [task for task in tasks if task.num_failures >= self._max_attempts]
+
+
+def take_idle(load: dict[int, int], alone: Collection[object]) -> Iterator[int]:
+    """Take a worker out of `load` for each of `alone` while there are idle ones, and one more that is to become idle.
+
+    The caller takes one out of `alone` for each worker it gets. Without the one more, workers that always get
+    something new would never be idle.
+    """
+    while alone and load:
+        worker = min(load, key=load.__getitem__)
+        if load.pop(worker) > 0:
+            return
+        yield worker

@@ -8,12 +8,14 @@ pipeline.max_staleness S, at most S + 1 batches of tasks are open at a time, and
 written by version v may be trained on while L - v <= S. S = 0 is the synchronous run: a batch is drawn when the last
 one is trained on, and written by workers that serve the newest policy.
 
-Nothing here knows a tensor or Ray: a fleet (`pipeline.fleet`) carries the commands out and reports events. What
-becomes of the tasks that a failure takes along is in `pipeline.faults`.
+An open task is in one place at a time: waiting to be written, with a rollout worker, in a chunk that waits for a
+teacher, with a teacher, in front of the buffer, in it, or with the learner. What a failure takes along goes back to
+where it is written. A task that may be why workers fail (`pipeline.faults`) is then tried alone on a worker.
+
+Nothing here knows a tensor or Ray: a fleet (`pipeline.fleet`) carries the commands out and reports events.
 """
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from topd_ray.actors.buffer import TrajectoryBuffer
@@ -28,18 +30,16 @@ from topd_ray.actors.events import (
     Ready,
     Written,
 )
-from topd_ray.actors.messages import GuidedItem, Lease, RolloutChunk
-from topd_ray.actors.sharing import by_prompt, split_evenly, split_requests
+from topd_ray.actors.messages import GuidedItem
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import TopdError
 from topd_ray.pipeline.faults import Blame
 from topd_ray.pipeline.fleet import FlowFleet
 from topd_ray.pipeline.gauges import Gauges
+from topd_ray.pipeline.guiding import Guiding
 from topd_ray.pipeline.tasks import Task, Tasks
+from topd_ray.pipeline.writing import Writing
 from topd_ray.types import Metric, UpdateReport
-
-TEACHER_CALLS_IN_FLIGHT = 2
-"""Calls a teacher worker holds: one on its engine, one whose transport runs or that waits for the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Update:
 
     policy_version: int
     items: tuple[GuidedItem, ...]
-    """trained on, in the order of policy versions and ids"""
+    """trained on: first what was dropped before, then in the order of policy versions and ids"""
     tasks: tuple[Task, ...]
     """the same ones"""
     quarantined: tuple[tuple[Task, str], ...]
@@ -75,62 +75,51 @@ class Flow:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """All workers serve `policy_version`; `reopened` are tasks that a checkpoint left open."""
-        num_rollouts, num_teachers = config.rollout.num_workers, config.teacher.num_workers
         self._config = config
         self._fleet = fleet
         self._tasks = tasks
         self._updates_left = updates_left
         self._version = policy_version
-        self._threshold = threshold
         self._check_interrupt = check_interrupt
         self._say = say
         self._max_staleness = config.pipeline.max_staleness
-        self._to_write: deque[Task] = deque()
-        self._to_write_alone: deque[Task] = deque()
-        self._writing: list[dict[str, Task]] = [{} for _ in range(num_rollouts)]
-        self._serves: list[int | None] = [policy_version] * num_rollouts
-        self._to_guide: deque[RolloutChunk] = deque()
-        self._guiding: list[list[tuple[RolloutChunk, ...]]] = [[] for _ in range(num_teachers)]
-        self._teacher_ready = [True] * num_teachers
         self._guided_by: dict[str, int] = {}
-        self._to_put: list[GuidedItem] = []
+        self._to_put: list[GuidedItem] = []  # does not fit into the buffer
         self._buffer = TrajectoryBuffer(config.buffer)
-        self._lease: Lease | None = None
-        self._trained: tuple[GuidedItem, ...] | None = None
-        self._blame = Blame(config.faults)
+        self._trained: tuple[tuple[GuidedItem, ...], tuple[Task, ...]] | None = None
         self._quarantined: list[tuple[Task, str]] = []
         self._num_dropped = 0
-        self._gauges = Gauges(num_rollouts, num_teachers)
-        self._open(reopened)
-
-    # What is decided
+        self._blame = Blame(config.faults)
+        self._gauges = Gauges(config.rollout.num_workers, config.teacher.num_workers)
+        self._writing = Writing(config, fleet, self._blame, self._gauges, policy_version=policy_version)
+        self._guiding = Guiding(config, fleet, tasks, self._blame, self._gauges, threshold)
+        self._writing.open(reopened)
 
     def update(self) -> Update:
         """Go on until one more update is made; a synchronous run also until all workers serve the new policy."""
         self._gauges.watch.start("rollout_and_look_ahead")
-        while self._trained is None or (self._max_staleness == 0 and not self._all_serve_newest()):
+        while self._trained is None or (self._max_staleness == 0 and not self._writing.all_serve(self._version)):
             if self._trained is None:
                 self._draw()
-                self._write()
-                self._guide()
+                self._hand_out()
                 self._learn()
             self._listen()
-        items, self._trained = self._trained, None
+        (items, tasks), self._trained = self._trained, None
         quarantined, self._quarantined = self._quarantined, []
         num_dropped, self._num_dropped = self._num_dropped, 0
         return Update(
             policy_version=self._version,
             items=items,
-            tasks=tuple(self._close(item.trajectory_id for item in items)),
+            tasks=tasks,
             quarantined=tuple(quarantined),
             num_dropped=num_dropped,
             metrics=self._gauges.take(
                 {
                     "staleness/dropped": num_dropped,
                     "faults/quarantined": len(quarantined),
-                    "queue/rollout": len(self._to_write) + len(self._to_write_alone),
-                    "queue/writing": sum(map(len, self._writing)),
-                    "queue/teacher": sum(len(chunk.trajectory_ids) for chunk in self._to_guide),
+                    "queue/rollout": self._writing.num_waiting,
+                    "queue/writing": self._writing.num_writing,
+                    "queue/teacher": self._guiding.num_waiting,
                     "queue/buffer": self._buffer.num_waiting,
                     "queue/bytes": self._buffer.num_bytes,
                 }
@@ -139,265 +128,166 @@ class Flow:
 
     def drain(self) -> None:
         """Wait until no engine has anything to do and all serve the newest policy, as an evaluation wants it."""
-        while any(self._writing) or any(self._guiding) or not self._all_serve_newest():
-            self._guide()
+        while self._writing.num_writing or not self._guiding.is_idle or not self._writing.all_serve(self._version):
             self._listen()
+
+    # What is decided
 
     def _draw(self) -> None:
         batch = self._config.batch_size
         while len(self._tasks) + batch <= batch * min(self._max_staleness + 1, self._updates_left):
-            self._open(self._tasks.draw())
+            self._writing.open(self._tasks.draw())
 
-    def _write(self) -> None:
-        """Hand open tasks to rollout workers whose policy is young enough, unless the buffer is full."""
-        if self._to_put or not (self._to_write or self._to_write_alone):
-            return
-        able = [
-            worker
-            for worker, version in enumerate(self._serves)
-            if version is not None
-            and self._version - version <= self._max_staleness
-            and not any(self._blame.is_lone(task) for task in self._writing[worker].values())
-        ]
-        for worker in [worker for worker in able if not self._writing[worker]]:
-            if self._to_write_alone:
-                self._hand_out(worker, [self._to_write_alone.popleft()])
-                able.remove(worker)
-        if self._config.run.deterministic:
-            self._write_own_shares(able)
-        elif able:
-            self._write_least_busy(able)
+    def _hand_out(self) -> None:
+        """Work for the rollout workers and the teachers; none while the buffer is full (back-pressure)."""
+        if not self._to_put:
+            self._writing.hand_out(self._oldest_to_write())
+            self._guide()
 
-    def _write_own_shares(self, able: Sequence[int]) -> None:
-        """Each worker its own share of the batch in the order it was drawn, also when it has to be written again."""
-        for worker in able:
-            share = sorted((task for task in self._to_write if task.worker == worker), key=lambda task: task.order)
-            if share and not self._writing[worker]:
-                self._to_write = deque(task for task in self._to_write if task.worker != worker)
-                self._hand_out(worker, share)
+    def _oldest_to_write(self) -> int:
+        """The oldest policy that may begin now: what it writes can at the earliest be in the update after this one.
 
-    def _write_least_busy(self, able: Sequence[int]) -> None:
-        """Whole prompts, whose samples share a prefix cache, as far as the engines have room, and a little more."""
-        most = self._config.rollout.max_num_seqs * 5 // 4
-        load = {worker: len(self._writing[worker]) for worker in able}
-        room = sum(max(most - busy, 0) for busy in load.values())
-        taken = [self._to_write.popleft() for _ in range(min(room, len(self._to_write)))]
-        shares: dict[int, list[Task]] = {}
-        for prompt in by_prompt(taken):
-            worker = min(load, key=load.__getitem__)
-            load[worker] += len(prompt)
-            shares.setdefault(worker, []).extend(prompt)
-        for worker, share in shares.items():
-            self._hand_out(worker, share)
-
-    def _hand_out(self, worker: int, tasks: Sequence[Task]) -> None:
-        for task in tasks:
-            task.worker, task.version = worker, self._serves[worker]
-            self._writing[worker][task.trajectory_id] = task
-        self._gauges.busy("rollout", worker)
-        self._fleet.write(worker, [task.request for task in tasks])
+        While something waits that has been dropped, only the newest, so that it is not too old again.
+        """
+        if any(task.version is None for task in self._tasks.drawn_again.values()):
+            return self._version
+        return self._version + bool(self._buffer.leased) - self._max_staleness
 
     def _guide(self) -> None:
-        """Hand finished trajectories to the least busy teachers; those that are tried alone, to idle ones."""
-        if self._to_put or not self._to_guide:
-            return
-        if self._config.run.deterministic:
-            self._guide_in_order()
-            return
-        load = {
-            teacher: len(calls)
-            for teacher, calls in enumerate(self._guiding)
-            if self._teacher_ready[teacher] and not any(self._has_lone(call) for call in calls)
-        }
-        for chunk in [chunk for chunk in self._to_guide if self._has_lone((chunk,))]:
-            self._to_guide.remove(chunk)
-            if idle := [teacher for teacher, busy in load.items() if not busy]:
-                self._ask_teacher(idle[0], (chunk,))
-                del load[idle[0]]
-            else:
-                self._to_guide.append(chunk)
-        company = [chunk for chunk in self._to_guide if not self._has_lone((chunk,))]
-        least = min(load.values(), default=TEACHER_CALLS_IN_FLIGHT)
-        if not company or least >= TEACHER_CALLS_IN_FLIGHT:
-            return
-        idle = [teacher for teacher, busy in load.items() if busy == least]
-        for teacher, share in zip(idle, split_evenly(company, len(idle)), strict=False):
-            self._ask_teacher(teacher, tuple(share))
-        self._to_guide = deque(chunk for chunk in self._to_guide if self._has_lone((chunk,)))
-
-    def _guide_in_order(self) -> None:
-        """Once all is written, each rollout worker's chunk to a teacher of its own."""
-        if self._to_write or self._to_write_alone or any(self._writing):
-            return
-        for chunk in sorted(self._to_guide, key=lambda chunk: chunk.trajectory_ids):
-            worker = self._tasks[chunk.trajectory_ids[0]].worker
-            assert worker is not None, "it was written by one"
-            teacher = worker % len(self._guiding)
-            if self._teacher_ready[teacher] and not any(self._has_lone(call) for call in self._guiding[teacher]):
-                self._to_guide.remove(chunk)
-                self._ask_teacher(teacher, (chunk,))
-
-    def _ask_teacher(self, teacher: int, chunks: tuple[RolloutChunk, ...]) -> None:
-        self._guiding[teacher].append(chunks)
-        self._gauges.busy("teacher", teacher)
-        self._fleet.guide(teacher, chunks, self._threshold())
+        self._guiding.hand_out(all_written=not self._writing.num_waiting and not self._writing.num_writing)
 
     def _learn(self) -> None:
-        """Start an update once a batch is there."""
-        if self._to_put:
-            del self._to_put[: self._buffer.put(self._to_put)]
+        """Start an update once a batch is there. What quarantine leaves of the last batches is a smaller one."""
         batch = min(self._config.batch_size, len(self._tasks))
-        if self._lease is not None or batch == 0 or self._would_strand():
+        if self._buffer.leased or batch == 0:
             return
-        self._lease = self._buffer.take(batch, first=self._tasks.drawn_again)
-        if self._lease is not None:
+        if self._buffer.num_waiting < batch:
+            if self._to_put:
+                raise TopdError("buffer.max_bytes is too small for the trajectories of one update: raise it")
+            return
+        if self._to_put or not self._would_strand(batch):
             self._gauges.watch.stop("rollout_and_look_ahead")
             self._gauges.watch.start("learn")
             self._gauges.busy("learner", 0)
-            self._fleet.learn(self._lease.items)
-        elif self._to_put:
-            raise TopdError("buffer.max_bytes is too small for the trajectories of one update: raise it")
+            self._fleet.learn(self._buffer.take(batch, first=self._tasks.drawn_again))
 
-    def _would_strand(self) -> bool:
-        """Whether an update now would make too old, once more, what is being drawn for the second time.
+    def _would_strand(self, batch: int) -> bool:
+        """Whether an update now would leave too little room, in the updates to come, for what was dropped before.
 
-        So a trajectory is dropped at most once for its age: the learner waits for those that take longest.
+        Of those left by it, number i in the order of age can be trained on when the learner is at L + 1 + i // batch.
+        So a trajectory is dropped at most once for its age, if the buffer is not full: the learner waits for those that
+        take longest.
         """
-        limit = self._version - self._max_staleness
-        return self._max_staleness > 0 and any(
-            task.version is not None and task.version <= limit and one not in self._guided_by
-            for one, task in self._tasks.drawn_again.items()
-        )
+        ages = sorted((task.version, one) for one, task in self._tasks.drawn_again.items() if task.version is not None)
+        guided = [one for _, one in ages if one in self._guided_by]
+        if len(guided) == len(ages):
+            return False
+        learnt = set(guided[:batch])
+        left = [version for version, one in ages if one not in learnt]
+        return any(self._is_too_old(version, self._version + 1 + i // batch) for i, version in enumerate(left))
 
     # What has happened
 
     def _listen(self) -> None:
-        if self._lease is None and self._trained is None:  # an update must come to its end
+        if not self._buffer.leased and self._trained is None:  # an update must come to its end
             self._check_interrupt()
         for event in self._fleet.wait():
             self._handle(event)
+        del self._to_put[: self._buffer.put(self._to_put)]
 
     def _handle(self, event: Event) -> None:
         match event:
             case Written(worker=worker, chunk=chunk):
-                self._take_in_written(worker, chunk)
+                self._writing.take_in(worker, chunk)
+                self._guiding.add(chunk)
             case Guided(teacher=teacher, sources=sources, chunk=chunk):
-                self._end_call(teacher, sources)
+                self._guiding.end_call(teacher, sources)
                 self._take_in_guided(teacher, chunk.items)
                 self._gauges.add(chunk.metrics)
             case GuideUnreadable(teacher=teacher, sources=sources):
-                self._end_call(teacher, sources)
-                self._again(one for source in sources for one in source.trajectory_ids)
+                self._guiding.end_call(teacher, sources)
+                self._again([self._tasks[one] for source in sources for one in source.trajectory_ids])
             case Learned(report=report):
                 self._take_in_update(report)
             case LearnUnreadable():
-                lost = [item.trajectory_id for item in self._leased_items]
-                self._end_lease()
-                self._again(lost)
+                self._again([self._tasks[item.trajectory_id] for item in self._end_lease()])
+                self._gauges.watch.start("rollout_and_look_ahead")
             case Published(worker=worker, version=version, metrics=metrics):
-                self._serves[worker] = version
+                self._writing.serve(worker, version)
                 self._gauges.add(metrics)
-                if self._all_serve_newest():
+                if self._writing.all_serve(self._version):
                     self._gauges.watch.stop("publish_weights")
             case Ready(teacher=teacher):
-                self._teacher_ready[teacher] = True
+                self._guiding.ready(teacher)
             case Lost(role=role, worker=worker, reason=reason):
                 self._say(f"{role} worker {worker} is lost and made anew: {reason}")
                 (self._lose_rollout if role == "rollout" else self._lose_teacher)(worker, reason)
 
-    def _take_in_written(self, worker: int, chunk: RolloutChunk) -> None:
-        for trajectory_id, version in zip(chunk.trajectory_ids, chunk.policy_versions, strict=True):
-            self._writing[worker].pop(trajectory_id).version = version
-        if not self._writing[worker]:
-            self._gauges.idle("rollout", worker)
-        self._gauges.count("rollout/tokens", sum(chunk.num_tokens))
-        self._to_guide.append(chunk)
-
     def _take_in_guided(self, teacher: int, items: Sequence[GuidedItem]) -> None:
         self._gauges.count("teacher/tokens", sum(item.num_tokens for item in items))
-        young = [item for item in items if not self._is_too_old(item.policy_version)]
-        self._guided_by.update((item.trajectory_id, teacher) for item in young)
-        self._drop([item.trajectory_id for item in items if self._is_too_old(item.policy_version)])
-        self._to_put += young
+        self._guided_by.update((item.trajectory_id, teacher) for item in items)
+        self._to_put += items
+        self._drop_too_old(items)
 
     def _take_in_update(self, report: UpdateReport) -> None:
-        self._trained = self._leased_items
+        items = self._end_lease()
+        self._trained = items, tuple(self._close(item.trajectory_id for item in items))
         self._gauges.add(report.metrics)
-        self._gauges.trained(self._trained, self._version)
-        self._end_lease()
+        self._gauges.trained(items, self._version)
         self._version = report.policy_version
         self._updates_left -= 1
-        too_old = [item.trajectory_id for item in self._to_put if self._is_too_old(item.policy_version)]
-        self._drop([*too_old, *self._buffer.older_than(self._version - self._max_staleness)])
+        self._drop_too_old([*self._to_put, *self._buffer.waiting])
         self._gauges.watch.start("publish_weights")
         self._fleet.publish()
 
     def _lose_rollout(self, worker: int, reason: str) -> None:
         """What it was writing is drawn again, and what it wrote and no teacher has read, for that is lost with it."""
-        self._serves[worker] = None
-        writing, self._writing[worker] = self._writing[worker], {}
-        unread = [chunk for chunk in self._to_guide if self._tasks[chunk.trajectory_ids[0]].worker == worker]
-        self._to_guide = deque(chunk for chunk in self._to_guide if chunk not in unread)
-        self._gauges.idle("rollout", worker)
         self._gauges.count("faults/restarts_rollout", 1)
-        self._fail(list(writing.values()), reason)
-        self._again(one for chunk in unread for one in chunk.trajectory_ids)
+        self._again([self._tasks[one] for one in self._guiding.remove_of(worker)])
+        self._again(self._fail(self._writing.lose(worker), reason))
 
     def _lose_teacher(self, teacher: int, reason: str) -> None:
         """It is asked again for what it was asked; what it guided and nobody has learnt from is drawn again."""
-        self._teacher_ready[teacher] = False
-        calls, self._guiding[teacher] = self._guiding[teacher], []
-        self._gauges.idle("teacher", teacher)
         self._gauges.count("faults/restarts_teacher", 1)
-        chunks = [chunk for call in calls for chunk in call]
-        self._fail([self._tasks[one] for chunk in chunks for one in chunk.trajectory_ids], reason, again=False)
-        for chunk in chunks:
-            left = [one for one in chunk.trajectory_ids if one in self._tasks]
-            if len(left) > 1 and self._has_lone((chunk,)):
-                self._again(left)
+        for chunk in self._guiding.lose(teacher):
+            left = self._fail([self._tasks[one] for one in chunk.trajectory_ids], reason)
+            if len(chunk.trajectory_ids) > 1 and any(map(self._blame.is_lone, left)):
+                self._again(left)  # each in a chunk of its own
             elif left:
-                self._to_guide.append(chunk)
-        leased = {item.trajectory_id for item in self._leased_items}
-        lost = [one for one, by in self._guided_by.items() if by == teacher and one not in leased]
-        self._buffer.discard(lost)
-        self._to_put = [item for item in self._to_put if item.trajectory_id not in set(lost)]
-        self._again(lost)
+                self._guiding.add(chunk)
+        leased = {item.trajectory_id for item in self._buffer.leased}
+        self._discard([one for one, by in self._guided_by.items() if by == teacher and one not in leased])
 
     # Tasks
 
-    def _open(self, tasks: Sequence[Task]) -> None:
-        if self._config.run.deterministic:
-            shares = split_requests([task.request for task in tasks], len(self._writing))
-            for worker, share in enumerate(shares):
-                for request in share:
-                    self._tasks[request.trajectory_id].worker = worker
-        self._to_write.extend(tasks)
+    def _again(self, tasks: Sequence[Task]) -> None:
+        """Their trajectories are gone: write them again."""
+        for task in tasks:
+            self._guided_by.pop(task.trajectory_id, None)
+        self._writing.again(tasks)
 
-    def _again(self, trajectory_ids: Iterable[str]) -> None:
-        """Tasks whose trajectory is gone go back to where they are written."""
-        for one in trajectory_ids:
-            task = self._tasks[one]
-            task.version = None
-            self._guided_by.pop(one, None)
-            (self._to_write_alone if self._blame.is_lone(task) else self._to_write).append(task)
+    def _discard(self, trajectory_ids: Sequence[str]) -> None:
+        """Guided trajectories that are not used are drawn again."""
+        unused = set(trajectory_ids)
+        self._buffer.discard(unused)
+        self._to_put = [item for item in self._to_put if item.trajectory_id not in unused]
+        self._again([self._tasks[one] for one in trajectory_ids])
 
-    def _drop(self, trajectory_ids: Collection[str]) -> None:
-        """Throw away what is too old, and draw it again."""
-        self._buffer.discard(trajectory_ids)
-        self._to_put = [item for item in self._to_put if item.trajectory_id not in trajectory_ids]
-        self._tasks.note_drawn_again(trajectory_ids)
-        self._num_dropped += len(trajectory_ids)
-        self._again(trajectory_ids)
+    def _drop_too_old(self, items: Sequence[GuidedItem]) -> None:
+        too_old = [item.trajectory_id for item in items if self._is_too_old(item.policy_version, self._version)]
+        if too_old:
+            self._tasks.note_drawn_again(too_old)
+            self._num_dropped += len(too_old)
+            self._discard(too_old)
 
-    def _fail(self, tasks: Sequence[Task], reason: str, *, again: bool = True) -> None:
-        """A worker failed with `tasks`: they are tried again, or given up."""
+    def _fail(self, tasks: Sequence[Task], reason: str) -> list[Task]:
+        """A worker failed with `tasks`; returns those that are to be tried again, the others are given up."""
         given_up = self._blame.put_on(tasks)
         for task in given_up:
             self._quarantined.append((task, reason))
             self._say(f"trajectory {task.trajectory_id} is given up: a worker fails whenever it has it: {reason}")
         self._close(task.trajectory_id for task in given_up)
-        if again:
-            self._again(task.trajectory_id for task in tasks if task.trajectory_id in self._tasks)
+        return [task for task in tasks if task not in given_up]
 
     def _close(self, trajectory_ids: Iterable[str]) -> list[Task]:
         closed = self._tasks.close(trajectory_ids)
@@ -405,30 +295,10 @@ class Flow:
             self._guided_by.pop(task.trajectory_id, None)
         return closed
 
-    def _end_call(self, teacher: int, sources: tuple[RolloutChunk, ...]) -> None:
-        self._guiding[teacher].remove(sources)
-        if not self._guiding[teacher]:
-            self._gauges.idle("teacher", teacher)
-
-    def _end_lease(self) -> None:
-        assert self._lease is not None, "an update is under way"
-        self._buffer.acknowledge(self._lease.lease_id)
-        self._lease = None
+    def _end_lease(self) -> tuple[GuidedItem, ...]:
         self._gauges.watch.stop("learn")
         self._gauges.idle("learner", 0)
+        return self._buffer.release()
 
-    @property
-    def _leased_items(self) -> tuple[GuidedItem, ...]:
-        return () if self._lease is None else self._lease.items
-
-    def _has_lone(self, chunks: Sequence[RolloutChunk]) -> bool:
-        ids = (one for chunk in chunks for one in chunk.trajectory_ids)
-        return any(self._blame.is_lone(self._tasks[one]) for one in ids if one in self._tasks)
-
-    def _is_too_old(self, version: int) -> bool:
-        return self._version - version > self._max_staleness
-
-    def _all_serve_newest(self) -> bool:
-        """Workers that are being made anew excepted, if there are others."""
-        versions = [version for version in self._serves if version is not None]
-        return bool(versions) and all(version == self._version for version in versions)
+    def _is_too_old(self, version: int, learner_version: int) -> bool:
+        return learner_version - version > self._max_staleness

@@ -1,0 +1,158 @@
+"""Whatever fails, and whenever: each task is trained on exactly once, or is in quarantine for good reasons."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scripted_fleet import CountingTasks, Script, ScriptedFleet, make_config, make_tasks
+from topd_ray.config.schema import TopdConfig
+from topd_ray.pipeline.flow import Flow, Update
+from topd_ray.pipeline.tasks import Task
+
+EXAMPLES = settings(max_examples=40, deadline=None)
+
+
+@dataclass
+class Run:
+    """A flow of a script, with what it did."""
+
+    config: TopdConfig
+    script: Script
+    num_updates: int
+    tasks: CountingTasks = field(init=False)
+    updates: list[Update] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tasks = make_tasks(self.config)
+        self.fleet = ScriptedFleet(self.config, self.script)
+        self.flow = self.start(self.fleet, (), self.num_updates)
+
+    def start(self, fleet: ScriptedFleet, reopened: Sequence[Task], updates_left: int, **more: Any) -> Flow:
+        return Flow(
+            self.config,
+            fleet,
+            self.tasks,
+            reopened=reopened,
+            updates_left=updates_left,
+            policy_version=fleet.version,
+            threshold=lambda: 0.25,
+            **more,
+        )
+
+    def play(self) -> "Run":
+        while len(self.updates) < self.num_updates:
+            self.updates.append(self.flow.update())
+        return self
+
+    @property
+    def quarantined(self) -> list[str]:
+        return [task.trajectory_id for update in self.updates for task, _ in update.quarantined]
+
+    def metric(self, key: str) -> list[float]:
+        return [metric.sum for update in self.updates for metric in update.metrics if metric.key == key]
+
+    def check(self) -> None:
+        """What has to be true of every run, beside what the fleet has checked."""
+        drawn = self.tasks.position * self.config.rollout.samples_per_prompt
+        assert len(self.fleet.trained) + len(self.quarantined) + len(self.tasks) == drawn
+        assert len(self.tasks) == 0, "all is done with at the end"
+        assert set(self.fleet.trained).isdisjoint(self.quarantined)
+        assert [[item.trajectory_id for item in update.items] for update in self.updates] == [
+            [item.trajectory_id for item in batch] for batch in self.fleet.batches
+        ]
+        assert [[task.trajectory_id for task in update.tasks] for update in self.updates] == [
+            [item.trajectory_id for item in batch] for batch in self.fleet.batches
+        ]
+        assert [update.policy_version for update in self.updates] == list(range(1, self.num_updates + 1))
+        limit = self.config.faults.max_attempts
+        assert set(self.quarantined) == {one for one, number in self.fleet.failures.items() if number >= limit}
+        assert all(self.fleet.lone_failures[one] >= 2 for one in self.quarantined)
+        assert max(self.metric("queue/bytes")) <= self.config.buffer.max_bytes
+        assert sum(update.num_dropped for update in self.updates) == sum(self.tasks.num_drops.values())
+
+
+configs = st.fixed_dictionaries(
+    {
+        "rollout": st.fixed_dictionaries(
+            {
+                "prompts_per_step": st.integers(1, 3),
+                "samples_per_prompt": st.integers(1, 3),
+                "num_workers": st.integers(1, 3),
+                "max_num_seqs": st.integers(1, 5),
+            }
+        ),
+        "teacher": st.fixed_dictionaries({"num_workers": st.integers(1, 3)}),
+        "pipeline": st.fixed_dictionaries({"max_staleness": st.integers(0, 3)}),
+        "faults": st.fixed_dictionaries({"max_attempts": st.integers(3, 6)}),
+    }
+)
+deaths = st.lists(
+    st.tuples(st.integers(0, 150), st.sampled_from(["rollout", "teacher"]), st.integers(0, 2)), max_size=14
+)
+trajectories = st.builds(lambda prompt, sample: f"p{prompt}/0/{sample}", st.integers(0, 9), st.integers(0, 2))
+poisons = st.sets(st.tuples(st.sampled_from(["rollout", "teacher"]), trajectories), max_size=4)
+seeds = st.integers(0, 10**6)
+
+
+@EXAMPLES
+@given(sections=configs, num_updates=st.integers(1, 7), seed=seeds, deaths=deaths, poison=poisons, tight=st.booleans())
+def test_each_task_is_trained_on_once_or_quarantined(
+    sections: dict[str, Any], num_updates: int, seed: int, deaths: Any, poison: Any, tight: bool
+) -> None:
+    unlucky = random.Random(seed)
+    config = make_config(**sections, buffer={"max_bytes": 3 * 9 if tight else 10**6})
+    script = Script.random(
+        seed,
+        deaths=deaths,
+        poison=poison,
+        loses_payload=lambda kind: unlucky.random() < 0.1,
+        num_bytes=lambda trajectory_id: 1 + len(trajectory_id) % 3,
+    )
+    run = Run(config, script, num_updates).play()
+    run.check()
+    if not tight:
+        assert max(run.tasks.num_drops.values(), default=0) <= 1, "dropped twice"
+    if config.pipeline.max_staleness == 0:
+        assert set(run.fleet.ages) == {0}
+        assert not run.tasks.num_drops
+
+
+@EXAMPLES
+@given(sections=configs, num_updates=st.integers(1, 7), seed=seeds, poison=poisons)
+def test_poison_and_only_it_is_quarantined(sections: dict[str, Any], num_updates: int, seed: int, poison: Any) -> None:
+    run = Run(make_config(**sections), Script.random(seed, poison=poison), num_updates).play()
+    run.check()
+    tried = {one for _, ids in run.fleet.writes for one in ids}
+    assert set(run.quarantined) == {one for _, one in poison} & tried
+    for one in run.quarantined:
+        assert run.fleet.failures[one] == run.config.faults.max_attempts
+
+
+@EXAMPLES
+@given(sections=configs, num_updates=st.integers(2, 7), seed=seeds, deaths=deaths, data=st.data())
+def test_a_second_session_goes_on_where_the_first_one_was(
+    sections: dict[str, Any], num_updates: int, seed: int, deaths: Any, data: st.DataObject
+) -> None:
+    config = make_config(**sections)
+    first = Run(config, Script.random(seed, deaths=deaths), num_updates)
+    num_first = data.draw(st.integers(0, num_updates - 1))
+    for _ in range(num_first):
+        first.updates.append(first.flow.update())
+    state = json.loads(json.dumps(first.tasks.state()))
+    trained = [task.trajectory_id for update in first.updates for task in update.tasks]
+    second = Run(config, Script.random(seed + 1), 0)
+    reopened = second.tasks.load_state(state)
+    second.fleet = ScriptedFleet(config, second.script, version=num_first)
+    second.num_updates = num_updates - num_first
+    second.flow = second.start(second.fleet, reopened, second.num_updates)
+    second.play()
+    trained += second.fleet.trained
+    assert len(trained) == len(set(trained))
+    drawn = second.tasks.position * config.rollout.samples_per_prompt
+    assert len(trained) + len(first.quarantined) + len(second.quarantined) == drawn
+    assert len(second.tasks) == 0
