@@ -13,6 +13,8 @@ from topd_ray.errors import ConfigError
 from topd_ray.evaluation.grading import is_gradable
 from topd_ray.objective import RunningQuantile
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState
+from topd_ray.pipeline.identity import run_identity
+from topd_ray.pipeline.manifest import Identity
 from topd_ray.pipeline.tasks import Task, Tasks
 from topd_ray.types import Prompt
 
@@ -40,6 +42,8 @@ class Plan:
     """where the run stands: at its start, or at its newest checkpoint"""
     learner_folder: Path | None
     """of that checkpoint; None at the start"""
+    identity: Identity
+    """what makes a checkpoint one of this run"""
 
 
 def plan_run(config: TopdConfig, say: Say) -> Plan:
@@ -59,7 +63,8 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
     )
     distances = RunningQuantile(config.near_future.false_alarm_quantile, config.near_future.quantile_window)
     tasks = Tasks(schedule, loaded.prompts, config.rollout.samples_per_prompt, config.run.seed)
-    found = _find_checkpoint(config)
+    identity = run_identity(config, tokenizer)
+    found = _find_checkpoint(config, identity)
     reopened: list[Task] = []
     if found is not None:
         reopened = tasks.load_state(found[0].schedule)
@@ -74,6 +79,7 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
         distances=distances,
         state=found[0] if found else RunState(schedule=tasks.state(), quantile=distances.state()),
         learner_folder=found[1] if found else None,
+        identity=identity,
     )
 
 
@@ -115,14 +121,14 @@ def _total_updates(config: TopdConfig, num_prompts: int, say: Say) -> int:
     return steps
 
 
-def _find_checkpoint(config: TopdConfig) -> tuple[RunState, Path] | None:
+def _find_checkpoint(config: TopdConfig, identity: Identity) -> tuple[RunState, Path] | None:
     """The checkpoint `run.resume` asks for. Raises ConfigError where it contradicts the run folder."""
     folder = config.run.folder.absolute()
     if config.run.resume == "never":
         if (metrics := folder / "metrics.jsonl").exists() and metrics.stat().st_size > 0:
             raise ConfigError(f"{config.run.folder} is in use and run.resume=never: choose another run.name")
         return None
-    found = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints).load()
+    found = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints, identity).load()
     if config.run.resume == "must" and found is None:
         raise ConfigError(f"{config.run.folder} holds no checkpoint and run.resume=must")
     return found

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,8 +20,8 @@ from topd_ray.engines.attention import EAGER
 from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError, WorkerLostError
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 from topd_ray.metrics.records import reduce
-from topd_ray.metrics.sinks import Sinks
 from topd_ray.metrics.timing import Stopwatch
+from topd_ray.pipeline.books import Books
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState, write_whole
 from topd_ray.pipeline.evaluate import collect
 from topd_ray.pipeline.fleet import Fleet
@@ -62,18 +62,16 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
 
 
 def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say) -> RunState:
-    sinks = Sinks.open(plan.config.metrics, plan.config.run.folder, resume_step=plan.state.step)
-    try:
+    with ExitStack() as stack:
+        books = Books.open(plan)
+        stack.callback(books.close)
         say("starting the workers")
         fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
+        stack.callback(fleet.shutdown)
         try:
-            return Session(plan, fleet, sinks, interrupt, say).train()
+            return Session(plan, fleet, books, interrupt, say).train()
         except (ConfigError, DataError) as error:  # not the user's input any more
             raise TopdError(f"{type(error).__name__} while running: {error}") from error
-        finally:
-            fleet.shutdown()
-    finally:
-        sinks.close()
 
 
 def again(config: TopdConfig) -> TopdConfig:
@@ -95,15 +93,15 @@ def _only_process_in(folder: Path) -> Iterator[None]:
 class Session:
     """One process's share of a run: from the last checkpoint, or the start, to the end or an interrupt."""
 
-    def __init__(self, plan: Plan, fleet: Fleet, sinks: Sinks, interrupt: Interrupt, say: Say) -> None:
+    def __init__(self, plan: Plan, fleet: Fleet, books: Books, interrupt: Interrupt, say: Say) -> None:
         self._plan = plan
         self._config = plan.config
         self._fleet = fleet
-        self._sinks = sinks
+        self._books = books
         self._interrupt = interrupt
         self._say = say
         self._folder = plan.config.run.folder.absolute()
-        self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints)
+        self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity)
         self._state = plan.state
         self._tasks = plan.tasks
         self._distances = plan.distances
@@ -141,7 +139,7 @@ class Session:
             self._say(f"resumed at update {self._state.step} of {self._plan.total_updates}")
         self._state = replace(self._state, policy_version=self._fleet.publish_weights())
         report = preflight(self._fleet, self._config, self._preflight_requests(), self._say)
-        self._sinks.write(self._state.step, reduce(report.metrics()))
+        self._books.write_metrics(self._state.step, reduce(report.metrics()))
         self._flow = Flow(
             self._config,
             self._fleet,
@@ -191,7 +189,8 @@ class Session:
         values["throughput/trained_tokens_per_second"] = num_tokens / seconds
         values["throughput/rollout_tokens_per_second"] = values["rollout/tokens"] / seconds
         values["throughput/teacher_tokens_per_second"] = values["teacher/tokens"] / seconds
-        self._sinks.write(self._state.step, values)
+        self._books.write_update(self._state.step, update, self._tasks)
+        self._books.write_metrics(self._state.step, values)
         return values
 
     def _run_metrics(self) -> list[Metric]:
@@ -239,7 +238,7 @@ class Session:
             f"evaluation/{model}/answer_tokens": completions.num_tokens / num_answers,
             f"evaluation/{model}/cut_by_length": completions.num_cut / num_answers,
         }
-        self._sinks.write(self._state.step, {**values, **reduce(watch.metrics())})
+        self._books.write_metrics(self._state.step, {**values, **reduce(watch.metrics())})
         return accuracy
 
     def _export(self) -> None:
