@@ -1,0 +1,65 @@
+"""A run's figures as Ray metrics, which the Ray agent of the driver's node exports to Prometheus."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.metrics import Gauge
+
+from topd_ray.errors import ConfigError
+from topd_ray.metrics.figures import FIGURES, STEP, Figure
+
+TARGETS = "prometheus.json"
+"""In the run folder while the run lasts: where to scrape, for Prometheus' `file_sd_configs`."""
+
+
+class PrometheusSink:
+    """Every figure as a gauge with the tag `run`; Ray's agent takes them over every ten seconds.
+
+    Made before Ray is started, as sinks are; the first figures ask the driver's node for its port. Raises ConfigError
+    there if Ray is not running, or the node exports nothing.
+    """
+
+    def __init__(self, folder: Path, run_name: str) -> None:
+        self._tags = {"run": run_name}
+        self._targets = folder / TARGETS
+        self._gauges: dict[str, Gauge] = {}
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._gauges:
+            self._tell_where_to_scrape()
+        for key, value in {STEP.key: float(step), **values}.items():
+            self._gauge(key).set(float(value))
+
+    def close(self) -> None:
+        self._targets.unlink(missing_ok=True)
+
+    def _gauge(self, key: str) -> Gauge:
+        if key not in self._gauges:
+            figure = FIGURES.get(key) or Figure(key, "", "Not in docs/metrics.md.")
+            gauge = Gauge(figure.name, description=figure.text, tag_keys=("run",))
+            self._gauges[key] = gauge.set_default_tags(self._tags)
+        return self._gauges[key]
+
+    def _tell_where_to_scrape(self) -> None:
+        address = scrape_address()
+        self._targets.write_text(json.dumps([{"targets": [address], "labels": {"job": "topd"}}]) + "\n")
+
+
+def scrape_address() -> str:
+    """host:port of the metrics of the driver's node. Raises ConfigError where there are none."""
+    if not ray.is_initialized():
+        raise ConfigError(
+            "metrics.prometheus: found true for a run without Ray, whose agents export the figures; right would be "
+            "false, or a run without --inline"
+        )
+    own = ray.get_runtime_context().get_node_id()
+    (node,): list[dict[str, Any]] = [one for one in ray.nodes() if one["NodeID"] == own]
+    if node["MetricsExportPort"] <= 0:
+        raise ConfigError(
+            f"metrics.prometheus: found true, but Ray exports no metrics on node {node['NodeManagerAddress']}; right "
+            "would be the package ray[default] there"
+        )
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
