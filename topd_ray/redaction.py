@@ -13,12 +13,12 @@ SECRET_NAME = re.compile(
 _SHORTEST = 6
 """Characters of a value worth looking for; shorter ones would be found everywhere."""
 _KEYS = r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API[_-]?KEY|ACCESS[_-]?KEY|PRIVATE[_-]?KEY"
-_NUMBER = r"""(?!-?[\d.]+(?:e[-+]?\d+)?(?:[\s,;"'}\])]|$))"""
+_NO_SECRET = r"""(?!\[redacted\]|-?[\d.]+(?:e[-+]?\d+)?(?:[\s,;"'}\])]|$))"""
 _VALUE = r"""(?:(?<=")[^"\n]+|(?<=')[^'\n]+|[^\s"'\\,;&}\])]{6,})"""
 _PATTERNS = (
     # NAME=value, "name": "value", name: value; a number behind `token:` is a count
-    (rf"""(\b[\w.-]*(?:{_KEYS}|(?-i:[A-Z0-9]_KEY))\\?["']?\s*[:=]\s*\\?["']?){_NUMBER}{_VALUE}""", r"\1"),
-    (rf"(--[\w-]*(?:{_KEYS})\s+)[^\s-]\S+", r"\1"),
+    (rf"""(\b[\w.-]*(?:{_KEYS}|(?-i:[A-Z0-9]_KEY))\\?["']?\s*[:=]\s*\\?["']?){_NO_SECRET}{_VALUE}""", r"\1"),
+    (rf"(--[\w-]*(?:{_KEYS})\s+)(?!\[redacted\])[^\s-]\S+", r"\1"),
     (r"(\bauthorization\\?[\"']?\s*[:=]\s*\\?[\"']?)\w+\s+[^\s\"'\\]+", r"\1"),
     (r"(\bbearer\s+)[\w.~+/=-]{8,}", r"\1"),
     (r"(://)[^/\s:@\"']*:[^/\s@\"']+(?=@)", r"\1"),

@@ -39,8 +39,12 @@ KEY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASC"
     ],
 )
 def test_secrets_by_their_looks(text: str) -> None:
-    found = Redactor({})(f"before\n{text}\nafter")
+    redact = Redactor({})
+    found = redact(f"before\n{text}\nafter")
     assert SECRET not in found and REDACTED in found
+    assert redact(found) == found
+    known = Redactor({"MY_TOKEN": SECRET})(text)
+    assert SECRET not in known and f"{REDACTED}]" not in known
 
 
 def test_what_surrounds_a_secret_is_kept() -> None:

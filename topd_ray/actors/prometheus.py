@@ -31,13 +31,14 @@ class PrometheusSink:
         self._targets = folder / TARGETS
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[str, float] = {}
+        self._node_id = ""
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._refreshing = threading.Thread(target=self._refresh, name="prometheus", daemon=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._tell_where_to_scrape()
         if not self._values:
-            self._tell_where_to_scrape()
             self._refreshing.start()
         with self._lock:
             self._values.update({**values, STEP.key: step})
@@ -63,8 +64,11 @@ class PrometheusSink:
             self._gauges[key].set(float(value))
 
     def _tell_where_to_scrape(self) -> None:
-        address = scrape_address()
-        self._targets.write_text(json.dumps([{"targets": [address], "labels": {"job": "topd"}}]) + "\n")
+        """Also after Ray was started again, on another port."""
+        if not ray.is_initialized() or self._node_id != ray.get_runtime_context().get_node_id():
+            address = scrape_address()
+            self._targets.write_text(json.dumps([{"targets": [address], "labels": {"job": "topd"}}]) + "\n")
+            self._node_id = ray.get_runtime_context().get_node_id()
 
 
 def scrape_address() -> str:

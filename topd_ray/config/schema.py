@@ -301,8 +301,9 @@ class MetricsConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
     prometheus: bool = False
-    """Give the figures to Ray's metrics, which the Ray agent of the driver's node exports on a port of its own, to
-    everybody who reaches it; `prometheus.json` in the run folder says where (docs/monitoring.md). Not with `--inline`."""
+    """Give the figures to Ray's metrics. The Ray agent of the driver's node exports them on a port of its own, to
+    everybody who reaches it; `prometheus.json` in the run folder says where (docs/monitoring.md). Not with
+    `--inline`."""
 
 
 class ResourcesConfig(Section):

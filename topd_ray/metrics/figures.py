@@ -94,9 +94,9 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("rollout/cut_by_length", "ratio", "Share of responses that reached rollout.max_new_tokens."),
         Figure("rollout/behaviour_nll", "nats", "Student's -log-prob of its own tokens, mean over tokens."),
         Figure("near_future/windows", "", "Windows of a trajectory, mean."),
-        Figure("near_future/distance", "", "Transport distance between both futures, mean over windows (of a cost 0-2)."),
+        Figure("near_future/distance", "", "Transport distance of both futures (cost: 1 - cosine), mean over windows."),
         Figure("near_future/divergent", "ratio", "Share of windows whose distance exceeds the threshold."),
-        Figure("near_future/threshold", "", "That threshold: near_future.false_alarm_quantile of the latest distances."),
+        Figure("near_future/threshold", "", "That threshold: a quantile of the latest distances."),
         Figure("near_future/capped_tokens", "ratio", "Share of response tokens that objective.cap chose to cap."),
     ),
     "Time and throughput": (
@@ -135,9 +135,15 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("weights/seconds_load", "seconds", "Until the slowest engine has loaded and checked them."),
     ),
     "Checks before the first update": (
-        Figure("preflight/learner_difference", "nats", "Largest difference between learner and rollout engine in a token's log-prob."),
+        Figure(
+            "preflight/learner_difference",
+            "nats",
+            "Learner against rollout engine: largest difference on a token.",
+        ),
         Figure("preflight/self_distillation_loss", "nats", "Loss with the student as its own teacher."),
-        Figure("preflight/teacher_difference", "nats", "Largest difference between teacher engine and plain forward pass."),
+        Figure(
+            "preflight/teacher_difference", "nats", "Teacher engine against plain forward pass: largest difference."
+        ),
     ),
     "Evaluation": (*_evaluation("student"), *_evaluation("teacher")),
 }
@@ -160,7 +166,8 @@ def main(arguments: list[str]) -> None:
 
 def _section(title: str, figures: Iterable[Figure]) -> str:
     rows = "".join(
-        f"| `{one.key}` | {_UNITS.get(one.unit, one.unit)} | {one.text} | `{one.prometheus_name}` |\n" for one in figures
+        f"| `{one.key}` | {_UNITS.get(one.unit, one.unit)} | {one.text} | `{one.prometheus_name}` |\n"
+        for one in figures
     )
     return f"## {title}\n\n| key | unit | meaning | in Prometheus |\n| --- | --- | --- | --- |\n{rows}"
 

@@ -71,9 +71,7 @@ class Sinks:
         self._sinks = tuple(sinks)
 
     @classmethod
-    def open(
-        cls, config: MetricsConfig, folder: Path, *, resume_step: int = 0, more: Sequence[Sink] = ()
-    ) -> "Sinks":
+    def open(cls, config: MetricsConfig, folder: Path, *, resume_step: int = 0, more: Sequence[Sink] = ()) -> "Sinks":
         """The sinks of the run in `folder`, which goes on after update `resume_step`, and `more`."""
         sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", resume_step)]
         if config.tensorboard:
