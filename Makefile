@@ -3,7 +3,7 @@ OBJECTIVE ?= topd
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock docker docker-demo clean
+.PHONY: help setup demo test lint bench lock audit docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test bench: export HF_HUB_OFFLINE := 1
@@ -14,6 +14,7 @@ help:
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
+	@echo "make audit   ask for known vulnerabilities of every package of the locks (needs pypi.org)"
 	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
 	@echo
@@ -38,6 +39,9 @@ bench: setup
 
 lock:
 	@bash requirements/lock.sh
+
+audit:
+	@bash requirements/audit.sh
 
 docker:
 	@bash cluster/image.sh build $(ARGS)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from topd_ray.actors import worker_logs
 from topd_ray.config.load import load_config
@@ -101,7 +102,24 @@ def test_a_bundle_holds_what_is_needed_and_no_secret(tmp_path: Path, running_ray
     assert not token.exists() or token.read_text().strip() not in text
 
 
-def test_logs_of_other_nodes_and_other_jobs(tmp_path: Path) -> None:
+def test_logs_of_another_node(tmp_path: Path) -> None:
+    """Two nodes on one machine; Ray keeps their logs in one folder, so that only who was asked tells them apart."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1, object_store_memory=80_000_000)
+        ray.init(address=nodes.address, log_to_driver=False)
+        bundle = write_post_mortem(config_of(tmp_path), failure(), print)
+        assert bundle is not None
+        about = json.loads((bundle / "about.json").read_text())
+        assert about["left_out"] == [] and len(about["nodes"]) == 2
+        folders = {path.parent.name for path in (bundle / "logs").rglob("RolloutWorker-*.out")}
+        assert folders == {"driver-node", about["nodes"][0]["address"]}
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_only_logs_of_this_jobs_workers(tmp_path: Path) -> None:
     header = ":job_id:02000000\n:actor_name:TeacherWorker\n"
     for name, text in {
         "worker-aa-ffffffff-11.err": header + "a warning\n",

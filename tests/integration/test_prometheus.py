@@ -66,7 +66,7 @@ def test_every_figure_can_be_scraped_with_its_help_and_run(tmp_path: Path, ray_w
     sinks = open_sinks(config, resume_step=0)
     values = {key: 0.5 + index for index, key in enumerate(FIGURES) if key != "step"}
     sinks.write(7, values)
-    (target,) = json.loads((config.run.folder / "prometheus.json").read_text())
+    (target,) = json.loads((tmp_path / ".prometheus" / "watched.json").read_text())
     (address,) = target["targets"]
     found = wait_for(address, "ray_topd_step", 7.0)
     wanted = {
@@ -82,7 +82,7 @@ def test_every_figure_can_be_scraped_with_its_help_and_run(tmp_path: Path, ray_w
     assert found["ray_topd_loss_opd_nats"] == wanted["ray_topd_loss_opd_nats"]
     assert found["ray_topd_mine_own"] == ("gauge", "Not in docs/metrics.md.", [("watched", 3.0)])
     sinks.close()
-    assert not (config.run.folder / "prometheus.json").exists()
+    assert not (tmp_path / ".prometheus" / "watched.json").exists()
     assert json.loads((config.run.folder / "metrics.jsonl").read_text().splitlines()[0])["step"] == 7
 
 

@@ -11,8 +11,9 @@ from ray.util.metrics import Gauge
 from topd_ray.errors import ConfigError
 from topd_ray.metrics.figures import FIGURES, STEP, Figure
 
-TARGETS = "prometheus.json"
-"""In the run folder while the run lasts: where to scrape, for Prometheus' `file_sd_configs`."""
+TARGETS = ".prometheus"
+"""Folder below run.root with a file for each run that lasts: where to scrape, for Prometheus' `file_sd_configs`, which
+takes a * in a file's name but in no folder's."""
 
 
 REFRESH_SECONDS = 5.0
@@ -26,9 +27,9 @@ class PrometheusSink:
     there if Ray is not running, or the node exports nothing. Ray leaves out figures that are not finite.
     """
 
-    def __init__(self, folder: Path, run_name: str) -> None:
+    def __init__(self, root: Path, run_name: str) -> None:
         self._tags = {"run": run_name}
-        self._targets = folder / TARGETS
+        self._targets = root / TARGETS / f"{run_name}.json"
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[str, float] = {}
         self._node_id = ""
@@ -67,6 +68,7 @@ class PrometheusSink:
         """Also after Ray was started again, on another port."""
         if not ray.is_initialized() or self._node_id != ray.get_runtime_context().get_node_id():
             address = scrape_address()
+            self._targets.parent.mkdir(parents=True, exist_ok=True)
             self._targets.write_text(json.dumps([{"targets": [address], "labels": {"job": "topd"}}]) + "\n")
             self._node_id = ray.get_runtime_context().get_node_id()
 

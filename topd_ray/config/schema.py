@@ -302,7 +302,7 @@ class MetricsConfig(Section):
     """Write TensorBoard events into the run folder."""
     prometheus: bool = False
     """Give the figures to Ray's metrics. The Ray agent of the driver's node exports them on a port of its own, to
-    everybody who reaches it; `prometheus.json` in the run folder says where (docs/monitoring.md). Not with
+    everybody who reaches it; `.prometheus/NAME.json` in `run.root` says where (docs/monitoring.md). Not with
     `--inline`."""
 
 

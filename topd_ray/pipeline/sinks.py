@@ -1,5 +1,7 @@
 """The sinks of a run, Ray's metrics among them."""
 
+from pathlib import Path
+
 from topd_ray.config.schema import TopdConfig
 from topd_ray.metrics.sinks import Sink, Sinks
 
@@ -10,5 +12,5 @@ def open_sinks(config: TopdConfig, *, resume_step: int) -> Sinks:
     if config.metrics.prometheus:
         from topd_ray.actors.prometheus import PrometheusSink
 
-        more.append(PrometheusSink(config.run.folder, config.run.name))
+        more.append(PrometheusSink(Path(config.run.root), config.run.name))
     return Sinks.open(config.metrics, config.run.folder, resume_step=resume_step, more=more)
