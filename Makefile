@@ -4,7 +4,7 @@ ARGS ?=
 KILLS ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench chaos lock docker docker-demo clean
+.PHONY: help setup demo test lint bench chaos lock audit docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test bench chaos: export HF_HUB_OFFLINE := 1
@@ -16,6 +16,7 @@ help:
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
 	@echo "make chaos   kill workers and drivers of runs at random moments (KILLS=100); write runs/chaos/summary.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
+	@echo "make audit   ask for known vulnerabilities of every package of the locks (needs pypi.org)"
 	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
 	@echo
@@ -43,6 +44,9 @@ chaos: setup
 
 lock:
 	@bash requirements/lock.sh
+
+audit:
+	@bash requirements/audit.sh
 
 docker:
 	@bash cluster/image.sh build $(ARGS)

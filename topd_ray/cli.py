@@ -44,6 +44,10 @@ def run_command(args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return 0
     check_inputs(config)
+    if args.inline and config.metrics.prometheus:
+        raise ConfigError(
+            "metrics.prometheus: found true with --inline, where no Ray agent exports figures; right would be false"
+        )
     say = Say()
     from topd_ray.pipeline.plan import plan_run
     from topd_ray.pipeline.run import run

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from topd_ray.metrics.figures import FIGURES
+
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.steps=3",
@@ -67,6 +69,11 @@ def test_the_run_folder_holds_what_is_promised(deterministic: Path) -> None:
     assert (deterministic / "config.yaml").exists()
     assert (deterministic / "checkpoints" / "latest").read_text() == "step-000003\n"
     assert list(deterministic.glob("**/events.out.tfevents*"))
+
+
+def test_every_figure_is_in_the_table_of_figures(deterministic: Path) -> None:
+    written = {key for record in records(deterministic) for key in record}
+    assert len(written) > 40 and written - set(FIGURES) == set()
 
 
 def test_no_payload_passes_through_the_driver(deterministic: Path) -> None:

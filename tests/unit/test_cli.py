@@ -53,6 +53,11 @@ def test_more_teacher_tokens_than_the_vocabulary_has_are_refused(capsys: pytest.
     assert "top_k" in refused(capsys, "teacher.top_k=5000")
 
 
+def test_prometheus_without_ray_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "metrics.prometheus=true", "--inline")
+    assert "metrics.prometheus: found true with --inline" in message and "right would be false" in message
+
+
 def test_a_model_folder_without_weights_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3", "vocab_size": 64}')
     message = refused(capsys, f"student.model={tmp_path}")

@@ -45,6 +45,9 @@ def test_the_runtime_environment_gets_the_working_directory_and_time_to_stop(tmp
         ("env_vars: {HF_TOKEN: abc}", "HF_TOKEN, which the dashboard"),
         ("env_vars: {WANDB_API_KEY: abc}", "WANDB_API_KEY"),
         ("env_vars: {AWS_SECRET_ACCESS_KEY: abc}", "AWS_SECRET_ACCESS_KEY"),
+        ("env_vars: {PIP_INDEX_URL: 'https://me:abcdefgh@host/simple'}", "a password in an address"),
+        ("pip: ['--index-url https://me:abcdefgh@host/simple', x]", "a password in an address"),
+        ("env_vars: {NOTE: hf_abcabcabcabcabcabcabcabc}", "looks like a secret"),
         ("env_vars: {N: 1}", "a mapping of text to text"),
         ("[env_vars]", "a list"),
     ],
@@ -55,6 +58,13 @@ def test_runtime_environments_that_are_refused(tmp_path: Path, text: str, messag
     with pytest.raises(ConfigError, match=message) as raised:
         job_environment(tmp_path, file)
     assert "abc" not in str(raised.value)
+
+
+def test_an_override_with_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "student.model=https://me:abcdefgh@hub.example/model"
+    assert main(["submit", DEMO, "--working-dir", str(ROOT), "run.root=/shared/runs", secret]) == 2
+    said = capsys.readouterr().err
+    assert "student.model: found what looks like a secret" in said and "abcdefgh" not in said
 
 
 def test_a_relative_run_folder(capsys: pytest.CaptureFixture[str]) -> None:

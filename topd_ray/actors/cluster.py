@@ -11,6 +11,7 @@ import torch
 from ray.exceptions import AuthenticationError
 
 from topd_ray.actors.placement import needs
+from topd_ray.actors.prometheus import scrape_address
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 
@@ -44,7 +45,8 @@ def start_ray(config: TopdConfig) -> None:
     """Join the cluster that is named, or start one on this machine.
 
     A local cluster counts the workers' threads as its CPUs: writing and learning take turns on the same cores.
-    Raises ConfigError if the cluster does not answer, does not take the token, or has another version of Ray.
+    Raises ConfigError if the cluster does not answer, does not take the token, has another version of Ray, or exports
+    no metrics though the config asks for them.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     address = cluster_address(config)
@@ -64,6 +66,8 @@ def start_ray(config: TopdConfig) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
+    if config.metrics.prometheus:
+        scrape_address()
 
 
 def _join(address: str) -> None:

@@ -331,6 +331,10 @@ class MetricsConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
+    prometheus: bool = False
+    """Give the figures to Ray's metrics. The Ray agent of the driver's node exports them on a port of its own, to
+    everybody who reaches it; `.prometheus/NAME.json` in `run.root` says where (docs/monitoring.md). Not with
+    `--inline`."""
 
 
 class ResourcesConfig(Section):

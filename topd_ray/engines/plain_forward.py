@@ -29,6 +29,7 @@ def largest_difference(
         model.model,
         revision=model.revision,
         dtype=getattr(torch, model.dtype),
+        use_safetensors=True,
         trust_remote_code=model.trust_remote_code,
     ).eval()
     differences = [0.0]

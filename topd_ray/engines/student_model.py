@@ -154,6 +154,7 @@ def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.d
             revision=student.revision,
             dtype=getattr(torch, learner.dtype),
             attn_implementation=EAGER,
+            use_safetensors=True,
             trust_remote_code=student.trust_remote_code,
         )
     except (OSError, ValueError) as error:

@@ -299,6 +299,7 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
         model=model.model,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
+        load_format="safetensors",
         dtype=model.dtype,
         skip_tokenizer_init=True,
         generation_config="vllm",

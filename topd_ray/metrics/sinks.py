@@ -60,12 +60,12 @@ class Sinks:
         self._sinks = tuple(sinks)
 
     @classmethod
-    def open(cls, config: MetricsConfig, folder: Path, *, resume_step: int = 0) -> "Sinks":
-        """The sinks of the run in `folder`, which goes on after update `resume_step`."""
+    def open(cls, config: MetricsConfig, folder: Path, *, resume_step: int = 0, more: Sequence[Sink] = ()) -> "Sinks":
+        """The sinks of the run in `folder`, which goes on after update `resume_step`, and `more`."""
         sinks: list[Sink] = [JsonlSink(folder / "metrics.jsonl", resume_step)]
         if config.tensorboard:
             sinks.append(TensorBoardSink(folder / "tensorboard", resume_step))
-        return cls(sinks)
+        return cls([*sinks, *more])
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:

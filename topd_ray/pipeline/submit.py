@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -17,6 +16,7 @@ from topd_ray.config.text import read_text
 from topd_ray.config.validate import shown
 from topd_ray.errors import ConfigError, TopdError
 from topd_ray.pipeline.plan import Say
+from topd_ray.redaction import SECRET_NAME, Redactor
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -26,7 +26,6 @@ NOT_SENT = (".venv", ".git", "runs", "build", "*.egg-info", "__pycache__", ".*_c
 """Left out of the upload, besides what .gitignore names. Patterns as in .gitignore."""
 STOP_SECONDS = "600"
 """How long `ray job stop` waits for the update in progress and the checkpoint before it kills; Ray's own is 3 s."""
-SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_KEY", re.IGNORECASE)
 POLL_SECONDS = 0.5
 
 
@@ -53,6 +52,7 @@ def submit(
             f"run.root: found {config.run.root}, which in a job would be inside Ray's temporary copy of the working "
             "directory; right would be an absolute path on a disk that all nodes share, say run.root=/shared/runs"
         )
+    refuse_secrets(overrides)
     environment = job_environment(working_dir, runtime_env)
     client, address = connect(address)
     try:
@@ -81,6 +81,17 @@ def path_inside(path: Path, working_dir: Path) -> Path:
     return inside
 
 
+def refuse_secrets(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a secret in an override: it would be part of the command that the dashboard shows."""
+    redact = Redactor()
+    for override in overrides:
+        if redact(override) != override:
+            raise ConfigError(
+                f"{override.partition('=')[0]}: found what looks like a secret, which the dashboard would show; right "
+                "would be to set it in the environment of the nodes (docs/clusters.md)"
+            )
+
+
 def job_environment(working_dir: Path, file: Path | None) -> dict[str, Any]:
     """Ray's runtime environment of the job: what `file` says, the working directory, and time to stop in.
 
@@ -92,10 +103,15 @@ def job_environment(working_dir: Path, file: Path | None) -> dict[str, Any]:
     variables = asked.get("env_vars") or {}
     if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
         raise ConfigError(f"{file}: env_vars: found {shown(variables)}, right would be a mapping of text to text")
-    if secret := sorted(name for name in variables if SECRET.search(name)):
+    if secret := sorted(name for name in variables if SECRET_NAME.search(name)):
         raise ConfigError(
             f"{file}: env_vars: found {', '.join(secret)}, which the dashboard and the logs would show; right would be "
             "to set it in the environment of the nodes (docs/clusters.md)"
+        )
+    if file is not None and Redactor()(text := read_text(file)) != text:
+        raise ConfigError(
+            f"{file}: found what looks like a secret (a token, or a password in an address), which the dashboard would "
+            "show; right would be to set it in the environment of the nodes (docs/clusters.md)"
         )
     return {
         **asked,
