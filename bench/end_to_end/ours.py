@@ -65,10 +65,10 @@ class TurnSinks(Sinks):
 
 
 def main(folder: Path, descriptor: int, case: Case, num_updates: int, method: str) -> None:
-    import topd_ray.pipeline.run as run
+    import topd_ray.pipeline.sinks as sinks
 
     TurnSinks.turns = Turns(descriptor)
-    run.Sinks = TurnSinks  # type: ignore[attr-defined]
+    sinks.Sinks = TurnSinks  # type: ignore[attr-defined]
     code = topd(["run", "jobs/demo.yaml", *overrides(folder, case, num_updates, method)])
     if code != 0:
         sys.exit(code)

@@ -15,13 +15,19 @@ class RestartBudget:
         self._clock = clock
         self._restarts: deque[float] = deque()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there may be another restart now."""
+        oldest = self._clock() - self._config.window_seconds
+        while self._restarts and self._restarts[0] <= oldest:
+            self._restarts.popleft()
+        return len(self._restarts) < self._config.max_restarts
+
     def spend(self) -> bool:
         """Count a restart; false if it is one too many."""
-        now = self._clock()
-        while self._restarts and self._restarts[0] <= now - self._config.window_seconds:
-            self._restarts.popleft()
-        self._restarts.append(now)
-        return len(self._restarts) <= self._config.max_restarts
+        has_room = self.has_room
+        self._restarts.append(self._clock())
+        return has_room
 
     def __str__(self) -> str:
         return (

@@ -10,6 +10,7 @@ from topd_ray.metrics.step_lines import StepLines
 from topd_ray.pipeline.flow import Update
 from topd_ray.pipeline.ledger import Ledger
 from topd_ray.pipeline.plan import Plan
+from topd_ray.pipeline.sinks import open_sinks
 from topd_ray.pipeline.tasks import Task, Tasks
 
 
@@ -29,7 +30,7 @@ class Books:
         if quarantine.exists():
             StepLines(quarantine, step).close()
         return cls(
-            sinks=Sinks.open(plan.config.metrics, folder, resume_step=step),
+            sinks=open_sinks(plan.config, resume_step=step),
             ledger=Ledger.open(
                 folder / "ledger.jsonl",
                 step,

@@ -28,6 +28,7 @@ from topd_ray.pipeline.fleet import Fleet
 from topd_ray.pipeline.flow import Flow
 from topd_ray.pipeline.interrupt import Interrupt
 from topd_ray.pipeline.plan import Plan, Say, plan_run
+from topd_ray.pipeline.post_mortem import write_post_mortem
 from topd_ray.pipeline.preflight import NUM_PROMPTS, preflight
 from topd_ray.types import Metric, RolloutRequest
 
@@ -53,7 +54,7 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
         write_whole(folder / "config.yaml", dump_config(plan.config))
         while True:
             try:
-                return _run_session(plan, fleet_class, interrupt, say)
+                return _run_session(plan, fleet_class, interrupt, say, restarts)
             except WorkerLostError as error:
                 if not restarts.spend():
                     raise WorkerLostError(f"the run had to begin again {restarts}, the last time: {error}") from error
@@ -61,7 +62,9 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
                 plan = plan_run(again(plan.config), say)
 
 
-def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say) -> RunState:
+def _run_session(
+    plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say, restarts: RestartBudget
+) -> RunState:
     with ExitStack() as stack:
         books = Books.open(plan)
         stack.callback(books.close)
@@ -70,8 +73,12 @@ def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say:
         stack.callback(fleet.shutdown)
         try:
             return Session(plan, fleet, books, interrupt, say).train()
-        except (ConfigError, DataError) as error:  # not the user's input any more
-            raise TopdError(f"{type(error).__name__} while running: {error}") from error
+        except Exception as error:
+            if not (isinstance(error, WorkerLostError) and restarts.has_room):
+                write_post_mortem(plan.config, error, say)
+            if isinstance(error, (ConfigError, DataError)):  # not the user's input any more
+                raise TopdError(f"{type(error).__name__} while running: {error}") from error
+            raise
 
 
 def again(config: TopdConfig) -> TopdConfig:
