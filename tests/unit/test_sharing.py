@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from topd_ray.actors.messages import GuidedItem, Normalisers, WeightsBundle
 from topd_ray.actors.placement import check_local_fit, needs
-from topd_ray.actors.sharing import balance_ranks, check_receipts, split_requests
+from topd_ray.actors.sharing import balance_ranks, check_receipt, split_requests
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
 from topd_ray.engines.packing import cost
@@ -75,9 +75,11 @@ def test_an_engine_that_serves_other_weights_is_an_error() -> None:
     bundle = WeightsBundle(version=3, handle=None, num_bytes=8, checksum=7)
     good = WeightReceipt(version=3, num_tensors=1, num_bytes=8, checksum=7)
     late = WeightReceipt(version=2, num_tensors=1, num_bytes=8, checksum=5)
-    assert check_receipts(bundle, [good, good]) == 3
+    assert check_receipt(1, [bundle], good) == 3
     with pytest.raises(WeightSyncError, match=r"rollout worker 1 serves version 2 .* published version 3"):
-        check_receipts(bundle, [good, late])
+        check_receipt(1, [bundle], late)
+    overtaken = WeightsBundle(version=2, handle=None, num_bytes=8, checksum=5)
+    assert check_receipt(1, [overtaken, bundle], good) == 3
 
 
 def test_traffic_tells_payload_from_messages() -> None:
