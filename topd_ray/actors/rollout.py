@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from topd_ray.actors.messages import GuidedItem, RolloutChunk, WeightsBundle
+from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.actors.store import Store
 from topd_ray.actors.teacher import put_guided
-from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
+from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig, WeightsConfig
 from topd_ray.data.arrow import trajectories_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.evaluation.answers import graded_answers
@@ -23,8 +23,8 @@ from topd_ray.types import (
     Trajectory,
     Windows,
 )
-from topd_ray.weights.checksum import WeightReceipt
-from topd_ray.weights.chunks import unpack
+from topd_ray.weights.bundle import WeightReceipt, WeightsBundle
+from topd_ray.weights.choice import open_channel
 
 HANDOVER_SHARE = 0.1
 """Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers
@@ -39,6 +39,7 @@ class RolloutWorker:
         self,
         student: StudentConfig,
         rollout: RolloutConfig,
+        weights: WeightsConfig,
         evaluation: EvaluationConfig,
         *,
         max_prompt_tokens: int,
@@ -49,6 +50,7 @@ class RolloutWorker:
         self._store = store
         self._student = student
         self._rollout = rollout
+        self._channel = open_channel(weights, store)
         self._evaluation = evaluation
         self._max_prompt_tokens = max_prompt_tokens
         self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
@@ -85,8 +87,7 @@ class RolloutWorker:
 
     def update_weights(self, bundle: WeightsBundle) -> WeightReceipt:
         """Serve `bundle.version` from now on."""
-        (chunks,) = self._store.get([bundle.handle])
-        return self._engine.update_weights(bundle.version, unpack(chunks))
+        return self._channel.deliver(bundle, self._engine)
 
     def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
         """Graded answers of the student as it is now, in parts."""

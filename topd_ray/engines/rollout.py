@@ -4,10 +4,10 @@ Axes: T response tokens of one trajectory.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import numpy as np
-import torch
 
 from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.checkpoint import checkpoint_folder, head_is_tied, tensor_shapes
@@ -15,7 +15,7 @@ from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, V
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.grouping import runs_within
 from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
-from topd_ray.weights.checksum import WeightReceipt, fingerprint
+from topd_ray.weights.bundle import Delivery, Named, WeightReceipt
 from topd_ray.weights.naming import ExpectedTensors
 
 MAX_RPC_BYTES = 512 * 1024**2
@@ -115,32 +115,31 @@ class RolloutEngine:
         self._check_whole()
         return self._engine.score(sequences, top_k)
 
-    def update_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightReceipt:
+    def update_weights(self, version: int, tensors: Iterable[Named] | Delivery) -> WeightReceipt:
         """Serve `version` from now on: all tensors of the checkpoint under their Hugging Face names.
 
         The tensors are held together while they load. Raises WeightSyncError, with the engine as it was, if a name is
         missing, unknown or double, a shape is wrong, or requests are running.
         """
-        if self._engine.is_busy:
-            raise WeightSyncError("the engine is still generating: exhaust or close the iterator before new weights")
-        received = list(tensors)
-        named = self._expected.check(received)
-        receipt = fingerprint(received)
+        self._check_idle()
+        delivery = Delivery.of(tensors)
+        named = self._expected.check(delivery.tensors)
+        with self._updating(version):
+            for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
+                self._engine.rpc("update_weights", {"weights": part})
+        return WeightReceipt.of(version, delivery.fingerprint)
+
+    @contextmanager
+    def _updating(self, version: int) -> Iterator[None]:
+        """vLLM's update session. Left by an error, the engine refuses to generate until a whole update succeeds."""
         self._serves_whole_policy = False
         self._engine.rpc("start_weight_update")
-        for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
-            self._engine.rpc("update_weights", {"weights": part})
+        yield
         self._engine.rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
             raise WeightSyncError("vLLM did not reset its prefix cache: the engine would mix two policies")
         self._policy_version = version
         self._serves_whole_policy = True
-        return WeightReceipt(
-            version=version,
-            num_tensors=receipt.num_tensors,
-            num_bytes=receipt.num_bytes,
-            checksum=receipt.checksum,
-        )
 
     def shutdown(self) -> None:
         """Free the engine; a second call does nothing."""
@@ -151,6 +150,10 @@ class RolloutEngine:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    def _check_idle(self) -> None:
+        if self._engine.is_busy:
+            raise WeightSyncError("the engine is still generating: exhaust or close the iterator before new weights")
 
     def _check_whole(self) -> None:
         if not self._serves_whole_policy:

@@ -1,0 +1,85 @@
+"""What a learner says of a policy version it offers, and what an engine says of the one it has taken."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from topd_ray.errors import WeightSyncError
+from topd_ray.types import Metric
+from topd_ray.weights.checksum import Fingerprint, fingerprint
+
+MEGABYTE = 1e6
+
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsBundle:
+    """A policy version ready to be fetched by the rollout engines. It holds no weights itself."""
+
+    version: int
+    num_bytes: int
+    """of all tensors in the rollout engines' dtype: the size of the model"""
+    checksum: int
+    """of all tensors (`checksum.Fingerprint`)"""
+    content: Any
+    """what the channel that made the bundle needs to fetch it"""
+    metrics: tuple[Metric, ...] = ()
+    """`weights/...`: seconds and bytes of the learner's side"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReceipt:
+    """An engine's acknowledgement that it serves a policy version."""
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    checksum: int
+    """of the tensors that the engine was given"""
+    metrics: tuple[Metric, ...] = ()
+    """`weights/...`: seconds and bytes of this engine's side"""
+
+    @classmethod
+    def of(cls, version: int, given: Fingerprint) -> "WeightReceipt":
+        return cls(version=version, num_tensors=given.num_tensors, num_bytes=given.num_bytes, checksum=given.checksum)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """Named tensors for an engine with the fingerprint of just these, so that nobody has to read them twice."""
+
+    tensors: Sequence[Named]
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, tensors: "Iterable[Named] | Delivery") -> "Delivery":
+        """`tensors`, read once here if they are not a delivery yet."""
+        if isinstance(tensors, Delivery):
+            return tensors
+        named = list(tensors)
+        return cls(tensors=named, fingerprint=fingerprint(named))
+
+
+def refuse_late(bundle: WeightsBundle, served: int) -> None:
+    """Raise WeightSyncError if `bundle` is older than the version `served`."""
+    if bundle.version < served:
+        raise WeightSyncError(
+            f"version {bundle.version} of the weights has come too late: the engine serves version {served} already"
+        )
+
+
+def rated(stage: str, seconds: float, num_bytes: int) -> tuple[Metric, ...]:
+    """Seconds of a stage (pack, fetch or load), and its rate in MB/s as MB over seconds."""
+    return (
+        Metric(key=f"weights/{stage}_seconds", sum=seconds),
+        Metric(key=f"weights/{stage}_mb_per_second", sum=num_bytes / MEGABYTE, count=seconds),
+    )
+
+
+def weight_metrics(bundle: WeightsBundle, receipts: Iterable[WeightReceipt]) -> list[Metric]:
+    """The figures of one publication, seconds and rates of the engines as means over them."""
+    metrics = [Metric(key="weights/model_bytes", sum=bundle.num_bytes), *bundle.metrics]
+    return metrics + [metric for receipt in receipts for metric in receipt.metrics]
