@@ -17,7 +17,14 @@ from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import Normalisers
 from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.store import LocalStore
-from topd_ray.config.schema import EvaluationConfig, LearnerConfig, ObjectiveConfig, RolloutConfig, StudentConfig
+from topd_ray.config.schema import (
+    EvaluationConfig,
+    LearnerConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    StudentConfig,
+    WeightsConfig,
+)
 from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_trajectories
 from topd_ray.errors import NonFiniteLossError
 from topd_ray.types import Trajectory
@@ -73,6 +80,7 @@ def handovers(
         STUDENT,
         RolloutConfig(),
         EvaluationConfig(),
+        weights=WeightsConfig(),
         max_prompt_tokens=1,
         threads=1,
         seed=0,
@@ -108,6 +116,7 @@ def failing_learner(folder: Path) -> LearnerWorker:
         STUDENT,
         LearnerConfig(),
         ObjectiveConfig(),
+        weights=WeightsConfig(),
         temperature=1.0,
         total_updates=1,
         rank=1,

@@ -23,7 +23,8 @@ from topd_ray.types import (
     Trajectory,
     Windows,
 )
-from topd_ray.weights.bundle import WeightReceipt, WeightsBundle
+from topd_ray.weights.bundle import WeightsBundle
+from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.choice import open_channel
 
 HANDOVER_SHARE = 0.1
@@ -39,9 +40,9 @@ class RolloutWorker:
         self,
         student: StudentConfig,
         rollout: RolloutConfig,
-        weights: WeightsConfig,
         evaluation: EvaluationConfig,
         *,
+        weights: WeightsConfig,
         max_prompt_tokens: int,
         threads: int,
         seed: int,

@@ -15,7 +15,8 @@ from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, V
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.grouping import runs_within
 from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
-from topd_ray.weights.bundle import Delivery, Named, WeightReceipt
+from topd_ray.weights.bundle import Delivery, Named
+from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.naming import ExpectedTensors
 
 MAX_RPC_BYTES = 512 * 1024**2

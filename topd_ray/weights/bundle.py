@@ -8,7 +8,7 @@ import torch
 
 from topd_ray.errors import WeightSyncError
 from topd_ray.types import Metric
-from topd_ray.weights.checksum import Fingerprint, fingerprint
+from topd_ray.weights.checksum import Fingerprint, WeightReceipt, fingerprint
 
 MEGABYTE = 1e6
 
@@ -28,23 +28,6 @@ class WeightsBundle:
     """what the channel that made the bundle needs to fetch it"""
     metrics: tuple[Metric, ...] = ()
     """`weights/...`: seconds and bytes of the learner's side"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightReceipt:
-    """An engine's acknowledgement that it serves a policy version."""
-
-    version: int
-    num_tensors: int
-    num_bytes: int
-    checksum: int
-    """of the tensors that the engine was given"""
-    metrics: tuple[Metric, ...] = ()
-    """`weights/...`: seconds and bytes of this engine's side"""
-
-    @classmethod
-    def of(cls, version: int, given: Fingerprint) -> "WeightReceipt":
-        return cls(version=version, num_tensors=given.num_tensors, num_bytes=given.num_bytes, checksum=given.checksum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

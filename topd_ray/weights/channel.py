@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from topd_ray.weights.bundle import Delivery, Named, WeightReceipt, WeightsBundle
+from topd_ray.weights.bundle import Delivery, Named, WeightsBundle
+from topd_ray.weights.checksum import WeightReceipt
 
 
 class ServingEngine(Protocol):

@@ -7,6 +7,8 @@ from zlib import crc32
 import numpy as np
 import torch
 
+from topd_ray.types import Metric
+
 _WORD = 1 << 64
 
 
@@ -26,6 +28,23 @@ class Fingerprint:
             num_bytes=self.num_bytes + other.num_bytes,
             checksum=(self.checksum + other.checksum) % _WORD,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReceipt:
+    """An engine's acknowledgement that it serves a policy version."""
+
+    version: int
+    num_tensors: int
+    num_bytes: int
+    checksum: int
+    """of the tensors that the engine was given"""
+    metrics: tuple[Metric, ...] = ()
+    """`weights/...`: seconds and bytes of this engine's side"""
+
+    @classmethod
+    def of(cls, version: int, given: Fingerprint) -> "WeightReceipt":
+        return cls(version=version, num_tensors=given.num_tensors, num_bytes=given.num_bytes, checksum=given.checksum)
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> Fingerprint:

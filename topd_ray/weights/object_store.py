@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from topd_ray.errors import WeightSyncError
 from topd_ray.types import Metric
-from topd_ray.weights.bundle import Delivery, Named, WeightReceipt, WeightsBundle, rated, refuse_late
+from topd_ray.weights.bundle import Delivery, Named, WeightsBundle, rated, refuse_late
 from topd_ray.weights.channel import ServingEngine
-from topd_ray.weights.checksum import Fingerprint, fingerprint
+from topd_ray.weights.checksum import Fingerprint, WeightReceipt, fingerprint
 from topd_ray.weights.chunks import Chunk, pack, unpack
 
 
