@@ -144,7 +144,7 @@ def test_a_torn_version_leaves_the_engine_as_it_was(engine, weights, channel, ca
 def test_a_late_version_is_refused(engine, weights, channel):
     first = tokens(engine)
     late = channel.send(4, weights[1].items())
-    with pytest.raises(WeightSyncError, match="version 4 .* too late: the engine serves version 5"):
+    with pytest.raises(WeightSyncError, match=r"version 4 .* too late: the engine serves version 5"):
         channel.deliver(late, engine)
     assert tokens(engine) == first
 

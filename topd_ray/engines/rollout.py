@@ -3,11 +3,12 @@
 Axes: T response tokens of one trajectory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 
 from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.checkpoint import checkpoint_folder, head_is_tied, tensor_shapes
@@ -129,6 +130,23 @@ class RolloutEngine:
             for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
                 self._engine.rpc("update_weights", {"weights": part})
         return WeightReceipt.of(version, delivery.fingerprint)
+
+    def receive_weights(
+        self, version: int, shapes: Mapping[str, tuple[int, ...]], ipc: Mapping[str, Any], expected: tuple[int, int]
+    ) -> WeightReceipt:
+        """`update_weights` for tensors that vLLM's IPC engine takes out of this GPU's memory itself.
+
+        `shapes` are those of the tensors, by name; `expected` is (number of bytes, checksum). Both are known only once
+        the tensors have been read: after other ones the engine refuses to generate (WeightSyncError).
+        """
+        self._check_idle()
+        self._expected.check([(name, torch.empty(shape, device="meta")) for name, shape in shapes.items()])
+        with self._updating(version):
+            self._engine.rpc("update_weights", {"ipc": dict(ipc)})
+            (received,) = self._engine.rpc("received_weights")
+            if (received.num_bytes, received.checksum) != expected:
+                raise WeightSyncError(f"version {version} of the weights was altered on its way: found {received}")
+        return WeightReceipt.of(version, received)
 
     @contextmanager
     def _updating(self, version: int) -> Iterator[None]:

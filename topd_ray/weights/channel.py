@@ -1,7 +1,7 @@
 """The ways a policy can go from learner rank 0 to the rollout engines. Each is one file of this package."""
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from topd_ray.weights.bundle import Delivery, Named, WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
@@ -14,6 +14,10 @@ class ServingEngine(Protocol):
     def policy_version(self) -> int: ...
 
     def update_weights(self, version: int, tensors: Iterable[Named] | Delivery) -> WeightReceipt: ...
+
+    def receive_weights(
+        self, version: int, shapes: Mapping[str, tuple[int, ...]], ipc: Mapping[str, Any], expected: tuple[int, int]
+    ) -> WeightReceipt: ...
 
 
 class Channel(Protocol):

@@ -17,6 +17,8 @@ from topd_ray.weights.chunks import Chunk, pack, unpack
 class ObjectStore(Protocol):
     """Puts payloads where other workers can get them (`actors.store.Store`)."""
 
+    spans_processes: bool
+
     def put(self, payload: Any) -> Any: ...
 
     def get(self, handles: Sequence[Any]) -> list[Any]: ...
