@@ -1,5 +1,6 @@
 """Weights through the object-store channel into a real vLLM engine: torn and late ones never serve."""
 
+import multiprocessing as mp
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from topd_ray.metrics.records import reduce
 from topd_ray.weights.bundle import Delivery, WeightsBundle, weight_metrics
 from topd_ray.weights.checksum import fingerprint
 from topd_ray.weights.chunks import Chunk
+from topd_ray.weights.ipc import IpcChannel
 from topd_ray.weights.object_store import ObjectStoreChannel, Parcel
 
 CHUNK_BYTES = 32 * 1024
@@ -163,3 +165,35 @@ def test_an_update_that_breaks_off_while_loading_never_serves(engine, weights, c
     assert tokens(engine) != first
     channel.deliver(channel.send(7, weights[0].items()), engine)
     assert tokens(engine) == first
+
+
+def send_from_a_gpu(path: Path, bundles: Any, is_read: Any) -> None:
+    """The learner's side of an IPC channel, in a process of its own; keeps the weights until they are read."""
+    channel = IpcChannel()
+    bundles.put(channel.send(6, [(name, tensor.cuda()) for name, tensor in load_file(path).items()]))
+    assert is_read.wait(300)
+
+
+@pytest.mark.gpu
+def test_an_engine_reads_weights_from_the_memory_of_its_gpu(tmp_path):
+    old, new = (make_tiny_model(tmp_path / str(seed), seed=seed, dtype="bfloat16") for seed in (0, 1))
+    context = mp.get_context("spawn")
+    bundles, is_read = context.Queue(), context.Event()
+    sender = context.Process(target=send_from_a_gpu, args=(new / "model.safetensors", bundles, is_read))
+    sender.start()
+    rollout = RolloutConfig(max_new_tokens=8, max_num_seqs=8, kv_cache_bytes=64 * 1024**2, enforce_eager=True)
+    parts = {"max_prompt_tokens": 8, "max_new_tokens": 8, "threads": 1, "seed": 0}
+    with RolloutEngine(StudentConfig(model=str(new)), rollout, **parts) as engine:
+        expected = tokens(engine)
+    with RolloutEngine(StudentConfig(model=str(old)), rollout, **parts) as engine:
+        assert tokens(engine) != expected
+        bundle = bundles.get(timeout=300)
+        with pytest.raises(WeightSyncError, match="altered on its way"):
+            IpcChannel().deliver(replace(bundle, checksum=bundle.checksum ^ 1), engine)
+        with pytest.raises(WeightSyncError, match="broke off halfway"):
+            tokens(engine)
+        assert check_receipts(bundle, [IpcChannel().deliver(bundle, engine)]) == 6
+        assert tokens(engine) == expected
+    is_read.set()
+    sender.join(timeout=60)
+    assert sender.exitcode == 0
