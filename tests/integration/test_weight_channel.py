@@ -3,6 +3,8 @@
 import multiprocessing as mp
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
