@@ -52,7 +52,6 @@ def test_a_node_fetches_a_version_once_and_old_versions_are_freed() -> None:
             host.run("sh", "-c", "ls -d /tmp/ray/session_*/*spill*/*", env=environment, cwd=ROOT, timeout=10)
             for host in hosts.values()
         ]
-    print(json.dumps(found["versions"]))
     assert len(found["versions"]) == NUM_VERSIONS
     for version in found["versions"]:
         assert version["model_bytes"] == MODEL_MIB * 2**20 and version["chunks"] == MODEL_MIB // 4

@@ -103,8 +103,8 @@ class ObjectStoreChannel:
 
     def _chunks(self, parcels: Sequence[Parcel]) -> Iterator[Chunk]:
         """The chunks in order; while the caller looks at one the next is being fetched."""
-        if len(parcels) == 1:
-            yield from self._store.get([parcels[0].handle])
+        if len(parcels) < 2:
+            yield from self._store.get([parcel.handle for parcel in parcels])
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch-weights") as fetcher:
             coming = [fetcher.submit(self._store.get, [parcel.handle]) for parcel in parcels[:1]]
