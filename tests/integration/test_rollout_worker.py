@@ -15,14 +15,15 @@ from transformers import Qwen3ForCausalLM
 
 from tests.tiny import at, load_tiny_model, make_requests, make_tiny_model, plain_logprobs
 from topd_ray.actors.cluster import worker_environment
-from topd_ray.actors.messages import RolloutChunk, WeightsBundle
+from topd_ray.actors.messages import RolloutChunk
 from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.store import LocalStore, RayStore
-from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
+from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig, WeightsConfig
 from topd_ray.data.arrow import batch_to_trajectories
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.types import RolloutRequest, Trajectory
-from topd_ray.weights.chunks import pack
+from topd_ray.weights.bundle import WeightsBundle
+from topd_ray.weights.choice import open_channel
 
 TEMPERATURE = 0.7
 NATS = 1e-3
@@ -53,6 +54,7 @@ def parts(folder: Path) -> dict[str, Any]:
             enforce_eager=True,
         ),
         "evaluation": EvaluationConfig(num_runs=1, max_new_tokens=4),
+        "weights": WeightsConfig(),
         "max_prompt_tokens": 16,
         "threads": 1,
         "seed": 0,
@@ -60,8 +62,8 @@ def parts(folder: Path) -> dict[str, Any]:
 
 
 def bundle(folders: list[Path], version: int, store: LocalStore | RayStore) -> WeightsBundle:
-    chunks, found = pack(load_file(folders[version % 2] / "model.safetensors").items())
-    return WeightsBundle(version=version, handle=store.put(chunks), num_bytes=found.num_bytes, checksum=found.checksum)
+    named = load_file(folders[version % 2] / "model.safetensors").items()
+    return open_channel(WeightsConfig(), store).send(version, named)
 
 
 def draws(count: int, first: int = 0) -> list[RolloutRequest]:
@@ -206,8 +208,8 @@ def test_late_and_foreign_updates_are_refused_and_abandoned_requests_stay_away(r
     assert worker.update_weights(bundle(folders, version, store), interrupt=False).version == version
     with pytest.raises(WeightSyncError, match=f"version {version - 1} of the weights came late"):
         worker.update_weights(bundle(folders, version - 1, store), interrupt=False)
-    chunks, found = pack([("model.norm.weight", load_file(folders[0] / "model.safetensors")["model.norm.weight"])])
-    torn = WeightsBundle(version=version + 1, handle=chunks, num_bytes=found.num_bytes, checksum=found.checksum)
+    norm = load_file(folders[0] / "model.safetensors")["model.norm.weight"]
+    torn = open_channel(WeightsConfig(), store).send(version + 1, [("model.norm.weight", norm)])
     worker.submit(draws(200), whole=False)
     first = reader.take(1)
     with pytest.raises(WeightSyncError, match="do not make up the student"):

@@ -72,13 +72,13 @@ def test_normalisers_are_sums_over_the_whole_batch() -> None:
 
 
 def test_an_engine_that_serves_other_weights_is_an_error() -> None:
-    bundle = WeightsBundle(version=3, handle=None, num_bytes=8, checksum=7)
+    bundle = WeightsBundle(version=3, num_bytes=8, checksum=7, content=None)
     good = WeightReceipt(version=3, num_tensors=1, num_bytes=8, checksum=7)
     late = WeightReceipt(version=2, num_tensors=1, num_bytes=8, checksum=5)
     assert check_receipt(1, [bundle], good) == 3
     with pytest.raises(WeightSyncError, match=r"rollout worker 1 serves version 2 .* published version 3"):
         check_receipt(1, [bundle], late)
-    overtaken = WeightsBundle(version=2, handle=None, num_bytes=8, checksum=5)
+    overtaken = WeightsBundle(version=2, num_bytes=8, checksum=5, content=None)
     assert check_receipt(1, [overtaken, bundle], good) == 3
 
 

@@ -1,12 +1,14 @@
 """The weight channel: chunks, fingerprints and the names that make up a policy."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from topd_ray.errors import WeightSyncError
-from topd_ray.weights.checksum import fingerprint
-from topd_ray.weights.chunks import ALIGNMENT, pack, unpack
+from topd_ray.weights.checksum import _sum_with_numpy, _sum_with_torch, fingerprint
+from topd_ray.weights.chunks import ALIGNMENT, Chunk, pack, unpack
 from topd_ray.weights.naming import ExpectedTensors
 
 
@@ -21,11 +23,14 @@ def make_tensors() -> dict[str, torch.Tensor]:
     }
 
 
+def unpacked(chunks: Iterable[Chunk]) -> list[tuple[str, torch.Tensor]]:
+    return [named for chunk in chunks for named in unpack(chunk)]
+
+
 def test_chunks_give_back_every_tensor_bit_for_bit():
     tensors = make_tensors()
-    for max_chunk_bytes in (1, 200, 10_000):
-        chunks, _ = pack(tensors.items(), max_chunk_bytes)
-        found = dict(unpack(chunks))
+    for chunk_bytes in (1, 200, 10_000):
+        found = dict(unpacked(pack(tensors.items(), version=1, chunk_bytes=chunk_bytes)))
         assert list(found) == list(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
@@ -34,25 +39,46 @@ def test_chunks_give_back_every_tensor_bit_for_bit():
 
 def test_chunks_are_bounded_unless_one_tensor_is_larger():
     tensors = {str(i): torch.zeros(ALIGNMENT // 4) for i in range(10)} | {"large": torch.zeros(1000)}
-    chunks, receipt = pack(tensors.items(), 4 * ALIGNMENT)
+    chunks = list(pack(tensors.items(), version=1, chunk_bytes=4 * ALIGNMENT))
     assert [len(chunk.entries) for chunk in chunks] == [4, 4, 2, 1]
-    assert receipt.num_tensors == 11
-    assert receipt.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert [chunk.octets.nbytes for chunk in chunks] == [4 * ALIGNMENT, 4 * ALIGNMENT, 2 * ALIGNMENT, 4032]
+
+
+def test_a_chunk_is_given_out_before_more_tensors_than_it_holds_are_asked_for():
+    asked = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for index in range(9):
+            asked.append(index)
+            yield str(index), torch.zeros(ALIGNMENT // 4)
+
+    chunks = pack(tensors(), version=1, chunk_bytes=3 * ALIGNMENT)
+    for wanted in (4, 7):
+        next(chunks)
+        assert len(asked) == wanted, "a chunk is closed by the first tensor that it has no room for"
 
 
 def test_unpacked_tensors_share_the_chunks_memory_even_if_read_only(recwarn):
-    chunks, _ = pack({"a": torch.zeros(4)}.items())
-    chunks[0].octets.setflags(write=False)
-    ((_, tensor),) = unpack(chunks)
-    assert tensor.data_ptr() == chunks[0].octets.ctypes.data
+    (chunk,) = pack({"a": torch.zeros(4)}.items(), version=1, chunk_bytes=100)
+    chunk.octets.setflags(write=False)
+    ((_, tensor),) = unpack(chunk)
+    assert tensor.data_ptr() == chunk.octets.ctypes.data
     assert not recwarn.list
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_order():
     tensors = make_tensors()
-    chunks, receipt = pack(tensors.items(), 100)
-    assert receipt == fingerprint(tensors.items()) == fingerprint(list(unpack(chunks))[::-1])
-    assert 0 <= receipt.checksum < 2**64
+    found = unpacked(pack(tensors.items(), version=1, chunk_bytes=100))
+    whole = fingerprint(tensors.items())
+    assert whole == fingerprint(found[::-1]) == fingerprint(found[:2]) + fingerprint(found[2:])
+    assert (whole.num_tensors, whole.num_bytes) == (5, sum(tensor.nbytes for tensor in tensors.values()))
+    assert 0 <= whole.checksum < 2**64
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_a_fingerprint_summed_by_torch_is_that_summed_by_numpy(start):
+    octets = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 1003, np.uint8))[start:]
+    assert _sum_with_torch(octets) % 2**64 == _sum_with_numpy(octets) % 2**64
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,8 @@ class RayFleet:
     def _answered(self, call: Call, result: Any) -> list[Event]:
         slot = call.slot
         match call.kind:
+            case "pack" if result is not None:
+                return [Packed(metrics=(Metric(key="weights/model_bytes", sum=result.num_bytes), *result.metrics))]
             case "guide":
                 return [Guided(teacher=slot.index, sources=call.sources, chunk=result)]
             case "learn":
@@ -229,7 +231,7 @@ class RayFleet:
             case "update_weights":
                 bundles = ray.get([one for one in (call.bundle, self._newest) if one is not None])
                 slot.version = check_receipt(slot.index, bundles, result)
-                return [Published(worker=slot.index, version=slot.version)]
+                return [Published(worker=slot.index, version=slot.version, metrics=result.metrics)]
             case "setup":
                 slot.is_ready = True
                 return self._ready(slot, result)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pyarrow.parquet as pq
 import ray
 from torch.distributed import DistError
 
-from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, WeightsBundle
+from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers
 from topd_ray.actors.store import Store
-from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
+from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig, WeightsConfig
 from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_guided
 from topd_ray.errors import LearnerError, NonFiniteLossError, PayloadLostError
 from topd_ray.types import GuidedTrajectory, UpdateReport
-from topd_ray.weights.chunks import pack
+from topd_ray.weights.bundle import WeightsBundle
+from topd_ray.weights.choice import open_channel
 
 
 def interface_of(address: str) -> str:
@@ -42,6 +44,7 @@ class LearnerWorker:
         learner: LearnerConfig,
         objective: ObjectiveConfig,
         *,
+        weights: WeightsConfig,
         temperature: float,
         total_updates: int,
         rank: int,
@@ -56,6 +59,7 @@ class LearnerWorker:
         self._num_ranks = learner.num_ranks
         self._failed_batch_folder = failed_batch_folder
         self._rollout_dtype = student.dtype
+        self._channel = open_channel(weights, store)
         self._parts: dict[str, Any] = {
             "student": student,
             "learner": learner,
@@ -142,18 +146,14 @@ class LearnerWorker:
         )
 
     def pack_weights(self) -> WeightsBundle | None:
-        """Put the current policy's weights into the store (collective); only rank 0 returns them."""
+        """Make the current policy ready to be fetched (collective); only rank 0 returns it."""
         import torch
 
-        chunks, fingerprint = pack(self._engine.state_tensors(getattr(torch, self._rollout_dtype)))
+        tensors = self._engine.state_tensors(getattr(torch, self._rollout_dtype), self._channel.staging_device)
         if self._rank != 0:
+            deque(tensors, maxlen=0)  # the others only help to gather
             return None
-        return WeightsBundle(
-            version=self._engine.policy_version,
-            handle=self._store.put(chunks),
-            num_bytes=fingerprint.num_bytes,
-            checksum=fingerprint.checksum,
-        )
+        return self._channel.send(self._engine.policy_version, tensors)
 
     def save(self, folder: Path) -> None:
         """Write what `load` needs to go on bitwise (collective)."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from topd_ray.actors.store import Handle
 from topd_ray.types import Metric
+from topd_ray.weights.bundle import WeightsBundle as WeightsBundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +73,3 @@ class LearnerCheck:
     largest_difference: float
     """of a sampled token's log-prob"""
     mean_difference: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsBundle:
-    """A policy version ready to be fetched by the rollout engines."""
-
-    version: int
-    handle: Handle
-    num_bytes: int
-    checksum: int

@@ -20,6 +20,7 @@ def rollout_part(config: TopdConfig) -> dict[str, Any]:
     return {
         "student": config.student,
         "rollout": config.rollout,
+        "weights": config.weights,
         "evaluation": config.evaluation,
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "threads": threads(config, "rollout"),
@@ -48,6 +49,7 @@ def learner_part(config: TopdConfig, *, rank: int, total_updates: int) -> dict[s
     return {
         "student": config.student,
         "learner": config.learner,
+        "weights": config.weights,
         "objective": config.objective,
         "temperature": config.rollout.temperature,
         "total_updates": total_updates,

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from topd_ray.actors.messages import GuidedItem, RolloutChunk, WeightsBundle
+from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.actors.serving import RolloutServer
 from topd_ray.actors.store import Store
 from topd_ray.actors.teacher import put_guided
-from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig
+from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig, WeightsConfig
 from topd_ray.data.arrow import trajectories_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.evaluation.answers import graded_answers
@@ -24,8 +23,9 @@ from topd_ray.types import (
     Trajectory,
     Windows,
 )
+from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
-from topd_ray.weights.chunks import unpack
+from topd_ray.weights.choice import open_channel
 
 
 class RolloutWorker:
@@ -41,6 +41,7 @@ class RolloutWorker:
         rollout: RolloutConfig,
         evaluation: EvaluationConfig,
         *,
+        weights: WeightsConfig,
         max_prompt_tokens: int,
         threads: int,
         seed: int,
@@ -49,6 +50,7 @@ class RolloutWorker:
         self._store = store
         self._student = student
         self._rollout = rollout
+        self._channel = open_channel(weights, store)
         self._evaluation = evaluation
         self._max_prompt_tokens = max_prompt_tokens
         self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
@@ -104,14 +106,10 @@ class RolloutWorker:
 
         What is being written finishes first, or with `interrupt` goes on under the new weights from the tokens it has.
         A bundle that a newer one overtakes is not loaded, and the newer one's receipt returned. Raises WeightSyncError
-        for a version older than the one served, and for weights that do not fit; the engine then goes on as before.
+        for a version older than the one served, and for weights that are not what was sent or do not fit; the engine
+        then goes on as before.
         """
-
-        def fetch() -> Iterator[tuple[str, torch.Tensor]]:
-            (chunks,) = self._store.get([bundle.handle])
-            return unpack(chunks)
-
-        return self._server.update_weights(bundle.version, fetch, interrupt=interrupt)
+        return self._server.update_weights(bundle.version, lambda: self._channel.fetch(bundle), interrupt=interrupt)
 
     def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
         """Graded answers of the student as it is now, in parts."""

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.types import RolloutRequest, Trajectory
+from topd_ray.weights.bundle import Delivery, IpcDelivery, Named
 from topd_ray.weights.checksum import WeightReceipt
 
 HANDOVER_SHARE = 0.1
@@ -23,7 +22,7 @@ HANDOVER_SHARE = 0.1
 company, until the time since the last one makes up for what that one cost, Ray's stream included. In one process
 (`--inline`) that is also the teacher's look-ahead: nothing is written meanwhile, so more company costs no time."""
 
-Tensors = Iterable[tuple[str, torch.Tensor]]
+Weights = Iterable[Named] | Delivery | IpcDelivery
 
 
 class ServedEngine(Protocol):
@@ -46,7 +45,7 @@ class ServedEngine(Protocol):
 
     def generate_by_step(self, requests: Sequence[RolloutRequest]) -> Iterator[list[Trajectory]]: ...
 
-    def update_weights(self, version: int, tensors: Tensors, *, interrupt: bool) -> WeightReceipt: ...
+    def update_weights(self, version: int, weights: Weights, *, interrupt: bool) -> WeightReceipt: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ class Update:
     """A policy that waits to be served, and what became of it."""
 
     version: int
-    tensors: Tensors
+    weights: Weights
     interrupt: bool
     outcome: WeightReceipt | Exception | None = None
     overtaken_by: "Update | None" = None
@@ -164,7 +163,7 @@ class RolloutServer:
             if handover.is_due(is_last=True):
                 yield from handover.hand_over()
 
-    def update_weights(self, version: int, fetch: Callable[[], Tensors], *, interrupt: bool) -> WeightReceipt:
+    def update_weights(self, version: int, fetch: Callable[[], Weights], *, interrupt: bool) -> WeightReceipt:
         """Serve `version` from now on; returns when the engine does.
 
         The weights are fetched in this thread. The serving thread loads them between two steps: with `interrupt` the
@@ -176,7 +175,7 @@ class RolloutServer:
             raise WeightSyncError(
                 f"version {version} of the weights came late: version {self._engine.policy_version} is served already"
             )
-        update = Update(version=version, tensors=fetch(), interrupt=interrupt)
+        update = Update(version=version, weights=fetch(), interrupt=interrupt)
         with self._changed:
             self._offer(update)
             self._changed.notify_all()
@@ -275,7 +274,7 @@ class RolloutServer:
         if older is not None:
             if older.version > newer.version:
                 older, newer = newer, older
-            older.overtaken_by, older.tensors = newer, ()
+            older.overtaken_by, older.weights = newer, ()
         self._update = newer
 
     def _load(self, *, at_once: bool) -> Exception | None:
@@ -299,7 +298,7 @@ class RolloutServer:
                 outcome = self._receipt
             else:
                 outcome = self._receipt = engine.update_weights(
-                    update.version, update.tensors, interrupt=update.interrupt
+                    update.version, update.weights, interrupt=update.interrupt
                 )
         except Exception as error:  # the thread that waits for it raises it
             outcome = error

@@ -17,6 +17,9 @@ Handle = Any
 class Store(Protocol):
     """Puts payloads where other workers can get them without a copy through the driver."""
 
+    spans_processes: bool
+    """whether workers are processes of their own"""
+
     def put(self, payload: Payload) -> Handle: ...
 
     def get(self, handles: Sequence[Handle]) -> list[Payload]:
@@ -30,6 +33,8 @@ class Store(Protocol):
 class LocalStore:
     """One process: a handle is the payload."""
 
+    spans_processes = False
+
     def put(self, payload: Payload) -> Handle:
         return payload
 
@@ -42,6 +47,8 @@ class RayStore:
 
     `ray.put` always writes to shared memory, whereas a small return value would travel through its caller.
     """
+
+    spans_processes = True
 
     def put(self, payload: Payload) -> Handle:
         return ray.put(payload)

@@ -35,6 +35,7 @@ def contradictions(config: "TopdConfig") -> Iterator[Contradiction]:
     yield from _of_evaluation(config)
     yield from _of_engines(config)
     yield from _of_gpus(config)
+    yield from _of_weights(config)
 
 
 def _of_batch(config: "TopdConfig") -> Iterator[Contradiction]:
@@ -155,3 +156,24 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
                 text=f"found {num_gpus:g} GPUs for an engine spread over {sizes[role]}; right would be {sizes[role]}, "
                 "unset, or 0 without GPUs",
             )
+
+
+def _of_weights(config: "TopdConfig") -> Iterator[Contradiction]:
+    """CUDA IPC opens the memory of the one GPU that both processes are on."""
+    if config.weights.channel != "ipc":
+        return
+    learner, rollout = config.resources.gpus_per_learner, config.resources.gpus_per_rollout
+    if not learner or not rollout or learner + config.rollout.num_workers * rollout > 1:
+        shown = ["unset" if one is None else f"{one:g}" for one in (learner, rollout)]
+        yield Contradiction(
+            keys=("weights.channel", "resources.gpus_per_learner", "resources.gpus_per_rollout", "rollout.num_workers"),
+            text=f"found ipc with {shown[0]} GPUs for a learner rank and {shown[1]} for each of "
+            f"{config.rollout.num_workers} rollout workers; right would be shares of one GPU above 0, together at most "
+            "1, or object_store",
+        )
+    if config.learner.num_ranks > 1 or config.rollout.tensor_parallel_size > 1:
+        yield Contradiction(
+            keys=("weights.channel", "learner.num_ranks", "rollout.tensor_parallel_size"),
+            text=f"found ipc with {config.learner.num_ranks} learner ranks and engines of "
+            f"{config.rollout.tensor_parallel_size} GPUs; right would be 1 and 1, or object_store",
+        )

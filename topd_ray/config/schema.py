@@ -297,6 +297,11 @@ class FaultsConfig(Section):
 class WeightsConfig(Section):
     """How a new policy reaches the rollout engines."""
 
+    channel: Literal["object_store", "ipc"] = "object_store"
+    """`object_store`: through Ray's object store, anywhere; `ipc`: through the memory of the one GPU that the learner
+    and all rollout workers share (never yet run on a GPU)."""
+    chunk_bytes: Annotated[int, Field(ge=1024**2)] = 64 * 1024**2
+    """Weights that travel as one piece (bytes); a larger tensor is a piece by itself."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0
     """How long the engines may take to acknowledge a version."""
 

@@ -6,12 +6,12 @@ new requests join those that run, and new weights may come in between.
 Axes: T response tokens of one trajectory.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import torch
 
 from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.checkpoint import checkpoint_folder, head_is_tied, tensor_shapes
@@ -20,7 +20,8 @@ from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, V
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.grouping import runs_within
 from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
-from topd_ray.weights.checksum import WeightReceipt, fingerprint
+from topd_ray.weights.bundle import Delivery, IpcDelivery, Named, rated
+from topd_ray.weights.checksum import Fingerprint, WeightReceipt
 from topd_ray.weights.naming import ExpectedTensors
 
 MAX_RPC_BYTES = 512 * 1024**2
@@ -160,7 +161,7 @@ class RolloutEngine:
         return self._engine.score(sequences, top_k)
 
     def update_weights(
-        self, version: int, tensors: Iterable[tuple[str, torch.Tensor]], *, interrupt: bool = False
+        self, version: int, weights: Iterable[Named] | Delivery | IpcDelivery, *, interrupt: bool = False
     ) -> WeightReceipt:
         """Serve `version` from now on: all tensors of the checkpoint under their Hugging Face names.
 
@@ -172,7 +173,7 @@ class RolloutEngine:
         The tensors are held together while they load. Raises WeightSyncError, with the engine and what it writes as
         they were, if a name is missing, unknown or double, a shape is wrong, an iterator is open, or requests are
         running and `interrupt` is not set. Any later error drops what runs, and the engine is not `is_whole` until
-        another update succeeds.
+        another update succeeds. What an IpcDelivery holds is checked only while it is read.
         """
         if self._engine.is_iterating:
             raise WeightSyncError("the engine is still generating: exhaust or close the iterator before new weights")
@@ -180,26 +181,36 @@ class RolloutEngine:
             raise WeightSyncError(
                 f"the engine is still generating {self.num_running} requests: finish, abandon or interrupt them"
             )
-        received = list(tensors)
-        named = self._expected.check(received)
-        receipt = fingerprint(received)
+        delivery = weights if isinstance(weights, IpcDelivery) else Delivery.of(weights)
+        named = self._expected.check(delivery.named())
+        started = time.perf_counter()
         stopped = self._engine.abort()
         self._is_whole = False
         self._engine.rpc("start_weight_update")
-        for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
-            self._engine.rpc("update_weights", {"weights": part})
+        if isinstance(delivery, IpcDelivery):
+            received = self._receive(version, delivery)
+        else:
+            received = delivery.fingerprint
+            for part in runs_within(named, lambda one: one[1].nbytes, MAX_RPC_BYTES):
+                self._engine.rpc("update_weights", {"weights": part})
         self._engine.rpc("finish_weight_update")
         if not self._engine.reset_prefix_cache():
             raise WeightSyncError("vLLM did not reset its prefix cache: the engine would mix two policies")
         self._policy_version = version
         self._is_whole = True
         self._engine.add(self._draw(done.key.interrupted(done, version)) for done in stopped)
-        return WeightReceipt(
-            version=version,
-            num_tensors=receipt.num_tensors,
-            num_bytes=receipt.num_bytes,
-            checksum=receipt.checksum,
-        )
+        receipt = WeightReceipt.of(version, received)
+        seconds = time.perf_counter() - started
+        return replace(receipt, metrics=(*delivery.metrics, *rated("load", seconds, receipt.num_bytes)))
+
+    def _receive(self, version: int, delivery: IpcDelivery) -> Fingerprint:
+        """Let vLLM's IPC engine read the tensors out of this GPU's memory; what it read."""
+        self._engine.rpc("update_weights", {"ipc": dict(delivery.fields)})
+        (received,) = self._engine.rpc("received_weights")
+        if (received.num_bytes, received.checksum) != delivery.expected:
+            raise WeightSyncError(f"version {version} of the weights was altered on its way: found {received}")
+        found: Fingerprint = received
+        return found
 
     def shutdown(self) -> None:
         """Free the engine; a second call does nothing."""

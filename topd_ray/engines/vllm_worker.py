@@ -1,7 +1,8 @@
 """What runs inside vLLM's workers, which import this module by name (`worker_extension_cls`)."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,10 +12,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+
+from topd_ray.weights.checksum import Fingerprint, fingerprint
 
 WEIGHT_BACKEND = "topd_memory"
 
@@ -23,6 +27,7 @@ class WorkerExtension:
     """Methods vLLM mixes into its worker class."""
 
     model_runner: Any
+    weight_transfer_engine: Any
     use_v2_model_runner: bool
 
     def shape_logits(self, temperature: float, vocabulary_size: int) -> int:
@@ -45,6 +50,10 @@ class WorkerExtension:
         for processor in found:
             processor.register_forward_hook(shape)
         return len(found)
+
+    def received_weights(self) -> Fingerprint:
+        """See MemoryTransfer.received."""
+        return self.weight_transfer_engine.received
 
     def keep_seeds_while_prefilling(self) -> None:
         """Let a seeded request on a CPU draw nothing before its prompt is whole.
@@ -76,26 +85,42 @@ class MemoryInit(WeightTransferInitInfo):
 
 @dataclass
 class MemoryUpdate(WeightTransferUpdateInfo):
-    """One chunk of a policy."""
+    """A part of a policy, one or the other."""
 
-    weights: list[tuple[str, torch.Tensor]]
+    weights: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     """Hugging Face names and tensors, on any device"""
+    ipc: dict[str, Any] | None = None
+    """fields of vLLM's own IPCWeightTransferUpdateInfo: where the tensors are in the memory of this worker's GPU"""
 
 
 class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
-    """Weights that are in this process's memory already, or come with the call."""
+    """Weights that are in this process's memory already, come with the call, or are in the memory of this GPU."""
 
     init_info_cls = MemoryInit
     update_info_cls = MemoryUpdate
+    received = Fingerprint()
+    """of what vLLM's IPC engine has handed to the model since the update started"""
 
     def init_transfer_engine(self, init_info: MemoryInit) -> None:
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
+        self.received = Fingerprint()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: MemoryUpdate) -> None:
-        self.model.load_weights(update_info.weights)
+        if update_info.ipc is None:
+            self.model.load_weights(update_info.weights)
+            return
+        through = IPCWeightTransferEngine(self.config, self.vllm_config, self.device, cast(nn.Module, self))
+        through.receive_weights(through.parse_update_info(update_info.ipc))
+        through.shutdown()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """What vLLM's engine calls instead of the model's own, so that the receipt is of what the model gets."""
+        named = list(weights)
+        self.received += fingerprint(named)
+        self.model.load_weights(named)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

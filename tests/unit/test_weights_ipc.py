@@ -1,0 +1,65 @@
+"""Weights through CUDA IPC: where they are refused, and what vLLM is told."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+
+from topd_ray.actors.store import LocalStore, RayStore
+from topd_ray.config.contradictions import contradictions
+from topd_ray.config.schema import ResourcesConfig, TopdConfig, WeightsConfig
+from topd_ray.errors import ConfigError
+from topd_ray.weights.choice import open_channel
+from topd_ray.weights.ipc import IpcChannel, update_fields
+from topd_ray.weights.object_store import ObjectStoreChannel
+
+SHARED = {"gpus_per_learner": 0.5, "gpus_per_rollout": 0.25}
+
+
+def refusals(resources: dict[str, Any], **sections: dict[str, Any]) -> list[str]:
+    config = TopdConfig.model_validate({"student": {"model": "s"}, "teacher": {"model": "t"}, **sections})
+    changed = {"weights": WeightsConfig(channel="ipc"), "resources": ResourcesConfig(**resources)}
+    return [one.text for one in contradictions(config.model_copy(update=changed)) if "weights.channel" in one.keys]
+
+
+def test_roles_that_share_a_gpu_are_let_through() -> None:
+    assert refusals(SHARED) == []
+    assert refusals(SHARED, rollout={"num_workers": 2}) == []
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({}, "ipc with unset GPUs for a learner rank and unset for each of 1"),
+        ({"gpus_per_learner": 0.0, "gpus_per_rollout": 0.0}, "ipc with 0 GPUs for a learner rank and 0"),
+        ({"gpus_per_learner": 1.0, "gpus_per_rollout": 1.0}, "ipc with 1 GPUs for a learner rank and 1"),
+    ],
+)
+def test_roles_without_a_gpu_or_on_different_ones_are_refused(resources: dict[str, Any], message: str) -> None:
+    (text,) = refusals(resources)
+    assert message in text and "right would be shares of one GPU" in text
+
+
+def test_more_than_one_gpu_holds_is_refused() -> None:
+    (text,) = refusals(SHARED, rollout={"num_workers": 3})
+    assert "0.25 for each of 3 rollout workers" in text
+    (text,) = refusals(SHARED, learner={"num_ranks": 2})
+    assert "2 learner ranks" in text
+
+
+def test_one_process_is_refused_before_anything_loads() -> None:
+    with pytest.raises(ConfigError, match="found ipc with --inline; right would be object_store"):
+        open_channel(WeightsConfig(channel="ipc"), LocalStore())
+    assert isinstance(open_channel(WeightsConfig(channel="ipc"), RayStore()), IpcChannel)
+    assert isinstance(open_channel(WeightsConfig(), LocalStore()), ObjectStoreChannel)
+
+
+def test_vllm_takes_what_it_is_told() -> None:
+    tensors = [("a", torch.zeros(2, 3, dtype=torch.bfloat16)), ("b", torch.zeros(5))]
+    handles = [{"GPU-1": ("a handle",)}, {"GPU-1": ("another",)}]
+    info = IPCWeightTransferUpdateInfo(**update_fields(tensors, handles))
+    assert (info.names, info.dtype_names, info.shapes) == (["a", "b"], ["bfloat16", "float32"], [[2, 3], [5]])
+    assert info.ipc_handles == handles
+    with pytest.raises(ValueError, match="`ipc_handles` should be of the same size"):
+        IPCWeightTransferUpdateInfo(**update_fields(tensors, handles[:1]))
