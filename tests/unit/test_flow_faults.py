@@ -7,7 +7,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scripted_fleet import Run, Script, ScriptedFleet, make_config
+from tests.scripted_fleet import Run, Script, ScriptedFleet, make_config, make_tasks
+from topd_ray.config.schema import FaultsConfig
+from topd_ray.pipeline.faults import Blame, take_idle
 
 EXAMPLES = settings(max_examples=40, deadline=None)
 
@@ -92,3 +94,30 @@ def test_a_second_session_goes_on_where_the_first_one_was(
     drawn = second.tasks.position * config.rollout.samples_per_prompt
     assert len(trained) + len(first.quarantined) + len(second.quarantined) == drawn
     assert len(second.tasks) == 0
+
+
+def test_blame() -> None:
+    blame = Blame(FaultsConfig(max_attempts=4))
+    tasks = make_tasks(make_config()).draw()
+    assert blame.put_on(tasks[:3]) == [] and not any(map(blame.is_lone, tasks))
+    assert blame.put_on(tasks[:2]) == []
+    assert [blame.is_lone(task) for task in tasks] == [True, True, False, False]
+    assert blame.put_on([tasks[1]]) == [] and blame.put_on([tasks[0]]) == []
+    assert blame.put_on([tasks[1]]) == [tasks[1]]
+    assert [task.num_failures for task in tasks] == [3, 4, 1, 0]
+
+
+def test_idle_workers_are_for_what_is_tried_alone_and_one_more_becomes_idle() -> None:
+    def taken(load: dict[int, int], alone: list[str]) -> list[int]:
+        workers = []
+        for worker in take_idle(load, alone):
+            workers.append(worker)
+            alone.pop()
+        return workers
+
+    assert taken(load := {0: 3, 1: 0, 2: 1, 3: 0}, ["a", "b", "c"]) == [1, 3]
+    assert load == {0: 3}, "worker 2 gets nothing more"
+    assert taken(load := {0: 3, 1: 0, 2: 0}, ["a"]) == [1]
+    assert load == {0: 3, 2: 0}
+    assert taken(load := {0: 0}, []) == [] and load == {0: 0}
+    assert taken({}, ["a"]) == []
