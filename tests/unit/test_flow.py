@@ -82,6 +82,15 @@ def test_the_learner_waits_for_what_was_dropped_once() -> None:
     assert age <= 1
 
 
+def test_the_learner_does_not_wait_while_the_buffer_is_full() -> None:
+    """What it would wait for cannot get in."""
+    slow = {("write", "p0/0/0"): 40.0}
+    config = make_config(pipeline={"max_staleness": 1}, buffer={"max_bytes": 40})
+    run = Run(config, script(slow=slow, num_bytes=lambda one: 10), 8).play()
+    run.check()
+    assert run.tasks.num_drops["p0/0/0"] >= 1
+
+
 def test_samples_of_a_prompt_go_to_one_worker_while_others_finish() -> None:
     slow = {
         ("write", f"p{prompt}/0/{sample}"): 1.0 + sample + prompt % 3 for prompt in range(60) for sample in range(4)
@@ -150,15 +159,19 @@ def test_a_deterministic_run_writes_a_lost_share_again_as_it_was() -> None:
         "run": {"deterministic": True},
         "rollout": {"prompts_per_step": 7, "num_workers": 5, "max_num_seqs": 1},
         "teacher": {"num_workers": 2},
+        "faults": {"max_attempts": 9},
     }
-    calm = Run(make_config(**sections), script(), 3).play()
+    slow = {("write", "p0/0/0"): 9.0, ("guide", "p0/0/0"): 9.0}
+    calm = Run(make_config(**sections), script(slow=slow), 3).play()
     calm.check()
+    shares = [tuple(batch(0, 5)), tuple(batch(2)), tuple(batch(4))]
+    assert [guided for teacher, guided in calm.fleet.guides if teacher == 0][:3] == shares, "in order, however late"
     assert [written for worker, written in calm.fleet.writes[:5] if worker == 0] == [tuple(batch(0, 5))]
     deaths = [(1, "rollout", 0), (4, "teacher", 1), (20, "rollout", 3), (21.5, "teacher", 0), (50, "rollout", 2)]
     lost = iter([False] * 2 + [True] + [False] * 100)
     run = Run(
         make_config(**sections),
-        script(deaths=deaths, loses_payload=lambda kind: kind == "learn" and next(lost)),
+        script(slow=slow, deaths=deaths, loses_payload=lambda kind: kind == "learn" and next(lost)),
         3,
     ).play()
     run.check()

@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +44,8 @@ def test_each_task_is_trained_on_once_or_quarantined(
     sections: dict[str, Any], num_updates: int, seed: int, deaths: Any, poison: Any, tight: bool
 ) -> None:
     unlucky = random.Random(seed)
-    config = make_config(**sections, buffer={"max_bytes": 3 * 9 if tight else 10**6})
+    per_batch = sections["rollout"]["prompts_per_step"] * sections["rollout"]["samples_per_prompt"]
+    config = make_config(**sections, buffer={"max_bytes": 3 * per_batch if tight else 10**6})
     script = Script.random(
         seed,
         deaths=deaths,
@@ -94,6 +96,32 @@ def test_a_second_session_goes_on_where_the_first_one_was(
     drawn = second.tasks.position * config.rollout.samples_per_prompt
     assert len(trained) + len(first.quarantined) + len(second.quarantined) == drawn
     assert len(second.tasks) == 0
+
+
+@pytest.mark.parametrize("seed", [61, 187, 283, 1016, *range(30)])
+def test_nothing_is_dropped_twice(seed: int) -> None:
+    """Weights that are late, and trajectories that take longer than all updates a policy may be behind."""
+    choose = random.Random(seed)
+    sections: dict[str, Any] = {
+        "pipeline": {"max_staleness": choose.choice([1, 2, 3])},
+        "rollout": {
+            "prompts_per_step": choose.randint(1, 3),
+            "samples_per_prompt": choose.randint(1, 2),
+            "num_workers": choose.randint(1, 4),
+            "max_num_seqs": choose.randint(1, 6),
+        },
+        "teacher": {"num_workers": choose.randint(1, 2)},
+    }
+    seconds = {
+        "write": [choose.choice([1, 2, 5, 20, 60]) for _ in range(4)],
+        "queue": [0],
+        "publish": [choose.choice([0, 1, 10, 40]) for _ in range(3)],
+        "learn": [choose.choice([1, 3, 9])],
+        "guide": [1, choose.choice([1, 9, 30])],
+    }
+    run = Run(make_config(**sections), Script(seconds=lambda kind, key: choose.choice(seconds[kind])), 12).play()
+    run.check()
+    assert max(run.tasks.num_drops.values(), default=0) <= 1
 
 
 def test_blame() -> None:
