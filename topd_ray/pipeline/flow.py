@@ -142,7 +142,7 @@ class Flow:
         """Work for the rollout workers and the teachers; none while the buffer is full (back-pressure)."""
         if not self._to_put:
             self._writing.hand_out(self._oldest_to_write())
-            self._guiding.hand_out(all_written=not self._writing.num_waiting and not self._writing.num_writing)
+            self._guiding.hand_out(all_written=self._writing.is_done)
 
     def _oldest_to_write(self) -> int:
         """The oldest policy that may begin to write now, so that the result is not too old when its turn comes.
