@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from topd_ray.actors.messages import GuidedItem, Normalisers, WeightsBundle
 from topd_ray.actors.placement import check_local_fit, needs
-from topd_ray.actors.sharing import balance_ranks, by_prompt, check_receipts, split_requests
+from topd_ray.actors.sharing import balance_ranks, check_receipts, split_requests
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
 from topd_ray.engines.packing import cost
 from topd_ray.errors import ConfigError, WeightSyncError
-from topd_ray.pipeline.tasks import Task
 from topd_ray.types import Prompt, RolloutRequest
 from topd_ray.weights.checksum import WeightReceipt
 
@@ -66,24 +65,6 @@ def test_samples_of_a_prompt_stay_on_one_worker() -> None:
     shares = split_requests(requests, 2)
     assert [[request.prompt.prompt_id for request in share] for share in shares] == [["a", "a", "c", "c"], ["b", "b"]]
     assert split_requests(requests[:2], 2) == [requests[:2]]
-
-
-def test_samples_of_a_prompt_are_put_together_by_epoch() -> None:
-    tasks = [
-        Task(
-            request=RolloutRequest(
-                prompt=Prompt(prompt_id=name, token_ids=(1,)), sample_index=sample, epoch=epoch, seed=0
-            ),
-            prompt_index=0,
-            order=0,
-        )
-        for name, epoch, sample in [("b", 0, 0), ("a", 0, 0), ("b", 1, 0), ("b", 0, 1), ("a", 0, 1)]
-    ]
-    groups = by_prompt(iter(tasks))
-    assert [[task.trajectory_id for task in group] for group in groups] == [
-        ["b/0/0", "b/0/1"], ["a/0/0", "a/0/1"], ["b/1/0"],
-    ]  # fmt: skip
-    assert by_prompt([]) == []
 
 
 def test_normalisers_are_sums_over_the_whole_batch() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from topd_ray.actors.sharing import by_prompt
 from topd_ray.data.schedule import PromptSchedule
 from topd_ray.errors import DataError
 from topd_ray.pipeline.tasks import Tasks
@@ -74,3 +75,11 @@ def test_a_state_without_open_tasks() -> None:
     state = make().state()
     assert state.pop("open") == []
     assert make().load_state(state) == []
+
+
+def test_samples_of_a_prompt_are_put_together_by_epoch() -> None:
+    tasks = make(num_prompts=2)
+    first, second = tasks.draw(), tasks.draw()  # the same prompts in two epochs
+    mixed = [first[2], second[1], first[0], first[3], second[0], first[1]]
+    assert by_prompt(iter(mixed)) == [[first[2], first[3]], [second[1], second[0]], [first[0], first[1]]]
+    assert by_prompt([]) == []
