@@ -27,8 +27,9 @@ from topd_ray.actors.messages import GuidedChunk, GuidedItem, RolloutChunk
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import PromptSchedule
 from topd_ray.pipeline.faults import LONE_ATTEMPTS
+from topd_ray.pipeline.flow import Flow, Update
 from topd_ray.pipeline.guiding import CALLS_IN_FLIGHT
-from topd_ray.pipeline.tasks import Tasks
+from topd_ray.pipeline.tasks import Task, Tasks
 from topd_ray.types import Prompt, RolloutRequest, UpdateReport
 
 NUM_PROMPTS = 400
@@ -334,3 +335,62 @@ def make_tasks(config: TopdConfig) -> CountingTasks:
     tasks = CountingTasks(schedule, prompts, config.rollout.samples_per_prompt, seed=0)
     tasks.num_drops = Counter()
     return tasks
+
+
+@dataclass
+class Run:
+    """A flow of a script, with what it did."""
+
+    config: TopdConfig
+    script: Script
+    num_updates: int
+    tasks: CountingTasks = field(init=False)
+    updates: list[Update] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tasks = make_tasks(self.config)
+        self.fleet = ScriptedFleet(self.config, self.script)
+        self.flow = self.start(self.fleet, (), self.num_updates)
+
+    def start(self, fleet: ScriptedFleet, reopened: Sequence[Task], updates_left: int, **more: Any) -> Flow:
+        return Flow(
+            self.config,
+            fleet,
+            self.tasks,
+            reopened=reopened,
+            updates_left=updates_left,
+            policy_version=fleet.version,
+            threshold=lambda: 0.25,
+            **more,
+        )
+
+    def play(self) -> "Run":
+        while len(self.updates) < self.num_updates:
+            self.updates.append(self.flow.update())
+        return self
+
+    @property
+    def quarantined(self) -> list[str]:
+        return [task.trajectory_id for update in self.updates for task, _ in update.quarantined]
+
+    def metric(self, key: str) -> list[float]:
+        return [metric.sum for update in self.updates for metric in update.metrics if metric.key == key]
+
+    def check(self) -> None:
+        """What has to be true of every run, beside what the fleet has checked."""
+        drawn = self.tasks.position * self.config.rollout.samples_per_prompt
+        assert len(self.fleet.trained) + len(self.quarantined) + len(self.tasks) == drawn
+        assert len(self.tasks) == 0, "all is done with at the end"
+        assert set(self.fleet.trained).isdisjoint(self.quarantined)
+        assert [[item.trajectory_id for item in update.items] for update in self.updates] == [
+            [item.trajectory_id for item in batch] for batch in self.fleet.batches
+        ]
+        assert [[task.trajectory_id for task in update.tasks] for update in self.updates] == [
+            [item.trajectory_id for item in batch] for batch in self.fleet.batches
+        ]
+        assert [update.policy_version for update in self.updates] == list(range(1, self.num_updates + 1))
+        limit = self.config.faults.max_attempts
+        assert set(self.quarantined) == {one for one, number in self.fleet.failures.items() if number >= limit}
+        assert all(self.fleet.lone_failures[one] >= 2 for one in self.quarantined)
+        assert max(self.metric("queue/bytes")) <= self.config.buffer.max_bytes
+        assert sum(update.num_dropped for update in self.updates) == sum(self.tasks.num_drops.values())

@@ -10,7 +10,8 @@ from topd_ray.types import Metric
 class Stopwatch:
     """Seconds spent in named stages, as metrics `seconds/<stage>`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._started: dict[str, float] = {}
 
@@ -24,12 +25,12 @@ class Stopwatch:
 
     def start(self, stage: str) -> None:
         """Begin a stage; one that runs already goes on."""
-        self._started.setdefault(stage, time.perf_counter())
+        self._started.setdefault(stage, self._clock())
 
     def stop(self, stage: str) -> None:
         """End a stage; one that does not run stays as it is."""
         if stage in self._started:
-            elapsed = time.perf_counter() - self._started.pop(stage)
+            elapsed = self._clock() - self._started.pop(stage)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + elapsed
 
     def metrics(self) -> list[Metric]:

@@ -101,8 +101,8 @@ class Flow:
         while self._trained is None or (self._max_staleness == 0 and not self._writing.all_serve(self._version)):
             if self._trained is None:
                 self._draw()
+                self._learn()  # first: what is handed out meanwhile is for the update after this one
                 self._hand_out()
-                self._learn()
             self._listen()
         (items, tasks), self._trained = self._trained, None
         quarantined, self._quarantined = self._quarantined, []
@@ -142,19 +142,17 @@ class Flow:
         """Work for the rollout workers and the teachers; none while the buffer is full (back-pressure)."""
         if not self._to_put:
             self._writing.hand_out(self._oldest_to_write())
-            self._guide()
+            self._guiding.hand_out(all_written=self._writing.is_done)
 
     def _oldest_to_write(self) -> int:
-        """The oldest policy that may begin now: what it writes can at the earliest be in the update after this one.
+        """The oldest policy that may begin to write now, so that the result is not too old when its turn comes.
 
-        While something waits that has been dropped, only the newest, so that it is not too old again.
+        The learner is at L + num_ahead // batch by then. What was dropped before may only be begun by the newest.
         """
         if any(task.version is None for task in self._tasks.drawn_again.values()):
             return self._version
-        return self._version + bool(self._buffer.leased) - self._max_staleness
-
-    def _guide(self) -> None:
-        self._guiding.hand_out(all_written=not self._writing.num_waiting and not self._writing.num_writing)
+        num_ahead = len(self._tasks) - self._writing.num_waiting
+        return self._version + num_ahead // self._config.batch_size - self._max_staleness
 
     def _learn(self) -> None:
         """Start an update once a batch is there. What quarantine leaves of the last batches is a smaller one."""

@@ -1,6 +1,7 @@
 """What a flow measures between two updates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from topd_ray.actors.messages import GuidedItem
 from topd_ray.metrics.timing import IdleTime, Stopwatch
@@ -10,9 +11,10 @@ from topd_ray.types import Metric
 class Gauges:
     """Metrics of workers as they come in, and the driver's own: stages, waiting times, ages, restarts."""
 
-    def __init__(self, num_rollouts: int, num_teachers: int) -> None:
-        self.watch = Stopwatch()
-        self._idle = {"rollout": IdleTime(num_rollouts), "teacher": IdleTime(num_teachers), "learner": IdleTime(1)}
+    def __init__(self, num_rollouts: int, num_teachers: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.watch = Stopwatch(clock)
+        numbers = {"rollout": num_rollouts, "teacher": num_teachers, "learner": 1}
+        self._idle = {role: IdleTime(number, clock) for role, number in numbers.items()}
         self._counts = {"rollout/tokens": 0, "teacher/tokens": 0}
         self._counts |= {"faults/restarts_rollout": 0, "faults/restarts_teacher": 0}
         self._metrics: list[Metric] = []

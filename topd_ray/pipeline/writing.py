@@ -37,6 +37,11 @@ class Writing:
     def num_writing(self) -> int:
         return sum(map(len, self._has))
 
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing waits and nobody writes."""
+        return not (self._waiting or self._waiting_alone or any(self._has))
+
     def all_serve(self, version: int) -> bool:
         """Workers that are being made anew excepted, if there are others."""
         versions = [one for one in self._serves if one is not None]
