@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topd_ray.actors.messages import GuidedItem, Normalisers, WeightsBundle
+from topd_ray.actors.messages import GuidedItem, Normalisers
 from topd_ray.actors.placement import check_local_fit, needs
 from topd_ray.actors.sharing import balance_ranks, check_receipt, split_requests
 from topd_ray.actors.traffic import Traffic
@@ -17,6 +17,7 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.engines.packing import cost
 from topd_ray.errors import ConfigError, WeightSyncError
 from topd_ray.types import Prompt, RolloutRequest
+from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
 
 

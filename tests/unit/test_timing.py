@@ -54,8 +54,8 @@ def test_gauges_count_from_update_to_update() -> None:
     clock = Clock()
     figures = Gauges(num_rollouts=2, num_teachers=1, clock=clock)
     figures.add([Metric(key="loss/total", sum=3.0, count=2.0)])
-    figures.count("rollout/tokens", 5)
-    figures.count("rollout/tokens", 2)
+    figures.count_tokens("rollout", 5)
+    figures.count_tokens("rollout", 2)
     figures.trained([item("a", policy_version=3), item("b", policy_version=1)], version=3)
     figures.busy("rollout", 1)
     clock.now += 4.0

@@ -44,6 +44,13 @@ class LearnUnreadable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """The learner offers new weights."""
+
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
     """A rollout worker serves policy `version` from now on; also the first sign of one that was made anew."""
 
@@ -68,4 +75,4 @@ class Ready:
     teacher: int
 
 
-Event = Written | Guided | GuideUnreadable | Learned | LearnUnreadable | Published | Lost | Ready
+Event = Written | Guided | GuideUnreadable | Learned | LearnUnreadable | Packed | Published | Lost | Ready

@@ -20,6 +20,7 @@ from topd_ray.actors.events import (
     Learned,
     LearnUnreadable,
     Lost,
+    Packed,
     Published,
     Ready,
     Written,
@@ -40,6 +41,7 @@ from topd_ray.errors import (
     WorkerLostError,
 )
 from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
+from topd_ray.weights.bundle import weight_metrics
 
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60.0
@@ -223,7 +225,7 @@ class RayFleet:
         slot = call.slot
         match call.kind:
             case "pack" if result is not None:
-                return [Packed(metrics=(Metric(key="weights/model_bytes", sum=result.num_bytes), *result.metrics))]
+                return [Packed(metrics=tuple(weight_metrics(result, [])))]
             case "guide":
                 return [Guided(teacher=slot.index, sources=call.sources, chunk=result)]
             case "learn":

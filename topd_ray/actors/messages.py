@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from topd_ray.actors.store import Handle
 from topd_ray.types import Metric
-from topd_ray.weights.bundle import WeightsBundle as WeightsBundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

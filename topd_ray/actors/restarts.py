@@ -14,6 +14,8 @@ class RestartBudget:
         self._config = config
         self._clock = clock
         self._restarts: deque[float] = deque()
+        self.num_spent = 0
+        """restarts of all time"""
 
     @property
     def has_room(self) -> bool:
@@ -27,6 +29,7 @@ class RestartBudget:
         """Count a restart; false if it is one too many."""
         has_room = self.has_room
         self._restarts.append(self._clock())
+        self.num_spent += 1
         return has_room
 
     def __str__(self) -> str:

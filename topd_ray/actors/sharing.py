@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
-from topd_ray.actors.messages import GuidedItem, WeightsBundle
+from topd_ray.actors.messages import GuidedItem
 from topd_ray.engines.packing import balance, cost
 from topd_ray.errors import WeightSyncError
 from topd_ray.types import Metric, RolloutRequest, UpdateReport
+from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
 
 Item = TypeVar("Item")

@@ -23,10 +23,10 @@ from topd_ray.pipeline.manifest import Identity
 
 REMAINS = {
     "failed_batch": "the batch of a loss that was not finite, as Parquet",
-    "quarantine": "inputs that made their workers fail",
-    "post_mortem": "what was known when a session failed",
+    "quarantine.jsonl": "inputs that made their workers fail",
+    "post-mortem": "what was known when a session failed",
 }
-"""Folders that tell of trouble a run has had."""
+"""Folders and files that tell of trouble a run has had."""
 WRITTEN_AGAIN = "the command that began the run writes it again"
 AGAIN = "begin again under another run.name"
 
@@ -268,7 +268,7 @@ def _export(folder: Path) -> Finding:
 
 def _remains(folder: Path) -> Iterator[Finding]:
     for name, what in REMAINS.items():
-        files = sorted(path for path in (folder / name).rglob("*") if path.is_file())
+        files = [path for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
         if files:
             mend = f"ls -l {folder / name}"
             yield Finding(subject=name, found=f"{len(files)} files: {what}", state="note", mend=mend)

@@ -20,7 +20,7 @@ from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, V
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.grouping import runs_within
 from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
-from topd_ray.weights.bundle import Delivery, IpcDelivery, Named, rated
+from topd_ray.weights.bundle import Delivery, IpcDelivery, Named, timed
 from topd_ray.weights.checksum import Fingerprint, WeightReceipt
 from topd_ray.weights.naming import ExpectedTensors
 
@@ -201,7 +201,7 @@ class RolloutEngine:
         self._engine.add(self._draw(done.key.interrupted(done, version)) for done in stopped)
         receipt = WeightReceipt.of(version, received)
         seconds = time.perf_counter() - started
-        return replace(receipt, metrics=(*delivery.metrics, *rated("load", seconds, receipt.num_bytes)))
+        return replace(receipt, metrics=(*delivery.metrics, *timed("load", seconds)))
 
     def _receive(self, version: int, delivery: IpcDelivery) -> Fingerprint:
         """Let vLLM's IPC engine read the tensors out of this GPU's memory; what it read."""

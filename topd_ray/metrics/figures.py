@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Unit = Literal["", "nats", "tokens", "seconds", "bytes", "ratio", "tokens_per_second"]
+Unit = Literal["", "nats", "tokens", "seconds", "bytes", "ratio", "tokens_per_second", "bytes_per_second"]
 DEFAULT_PATH = Path("docs/metrics.md")
 RAY_PREFIX = "ray_"
 """Ray puts it before the name of every metric that a program gives it."""
-_UNITS = {"": "", "ratio": "0 to 1", "tokens_per_second": "tokens/s"}
+_UNITS = {"": "", "ratio": "0 to 1", "tokens_per_second": "tokens/s", "bytes_per_second": "bytes/s"}
 _HEAD = """# Metrics
 
 Every figure a run writes. Generated from `topd_ray/metrics/figures.py` by `python -m topd_ray.metrics.figures`; edit
@@ -90,6 +90,8 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("learner/learning_rate", "", "Learning rate of the update."),
     ),
     "Rollouts and the near future": (
+        Figure("rollout/tokens", "tokens", "Written since the last update."),
+        Figure("teacher/tokens", "tokens", "Scored since the last update."),
         Figure("rollout/response_tokens", "tokens", "Mean length of a response."),
         Figure("rollout/cut_by_length", "ratio", "Share of responses that reached rollout.max_new_tokens."),
         Figure("rollout/behaviour_nll", "nats", "Student's -log-prob of its own tokens, mean over tokens."),
@@ -112,27 +114,33 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
     ),
     "Queues and waiting": (
         Figure("queue/rollout", "", "Requests that wait for a rollout worker."),
+        Figure("queue/writing", "", "Trajectories that are being written."),
         Figure("queue/teacher", "", "Trajectories that wait for a teacher worker."),
         Figure("queue/buffer", "", "Guided trajectories that wait for the learner."),
         Figure("queue/bytes", "bytes", "Their size, which buffer.max_bytes bounds."),
-        Figure("waiting/rollout", "seconds", "Time the rollout workers had nothing to do."),
-        Figure("waiting/teacher", "seconds", "Time the teacher workers had nothing to do."),
+        Figure("waiting/rollout", "seconds", "Time a rollout worker had nothing to do, mean."),
+        Figure("waiting/teacher", "seconds", "Time a teacher worker had nothing to do, mean."),
         Figure("waiting/learner", "seconds", "Time the learner had nothing to do."),
         Figure("staleness/mean", "", "Versions between the policy that wrote a trajectory and the learner's, mean."),
         Figure("staleness/max", "", "The same, largest of the update."),
         Figure("staleness/dropped", "", "Trajectories dropped as too old, and drawn again."),
+        Figure("staleness/importance_weight", "", "Importance weight of tokens that an older policy wrote, mean."),
+        Figure("staleness/importance_clipped", "ratio", "Share of these whose weight is at objective.importance_clip."),
     ),
     "Faults": (
-        Figure("faults/restarts_rollout", "", "Rollout workers made anew since the run's start."),
+        Figure("faults/restarts_rollout", "", "Rollout workers made anew since all workers were last started."),
         Figure("faults/restarts_teacher", "", "Teacher workers made anew."),
-        Figure("faults/restarts_learner", "", "Times the learner was started again from a checkpoint."),
-        Figure("faults/quarantined", "", "Prompts given up after too many failures."),
+        Figure("faults/restarts_learner", "", "Times this driver started all workers again, from a checkpoint."),
+        Figure("faults/quarantined", "", "Trajectories given up since the last update: workers failed with them."),
     ),
     "Weights": (
-        Figure("weights/bytes", "bytes", "Size of the weights that one publication sends."),
-        Figure("weights/seconds_pack", "seconds", "Learner: until the weights are packed."),
-        Figure("weights/seconds_transfer", "seconds", "Until the slowest rollout worker has them."),
-        Figure("weights/seconds_load", "seconds", "Until the slowest engine has loaded and checked them."),
+        Figure("weights/bytes", "bytes", "Size of the policy in the rollout engines' dtype."),
+        Figure("weights/chunks", "", "Objects it was put into the store as."),
+        Figure("weights/overhead", "", "Bytes stored over that size."),
+        Figure("weights/seconds_pack", "seconds", "Learner: until all is packed and in the store."),
+        Figure("weights/seconds_fetch", "seconds", "Rollout worker: until all is fetched and checked, mean."),
+        Figure("weights/fetch_bytes_per_second", "bytes_per_second", "Its rate: over a link, how much of it is used."),
+        Figure("weights/seconds_load", "seconds", "Rollout engine: until it serves the new policy, mean."),
     ),
     "Checks before the first update": (
         Figure(

@@ -26,6 +26,7 @@ from topd_ray.actors.events import (
     Learned,
     LearnUnreadable,
     Lost,
+    Packed,
     Published,
     Ready,
     Written,
@@ -210,6 +211,8 @@ class Flow:
             case LearnUnreadable():
                 self._again([self._tasks[item.trajectory_id] for item in self._end_lease()])
                 self._gauges.watch.start("rollout_and_look_ahead")
+            case Packed(metrics=metrics):
+                self._gauges.add(metrics)
             case Published(worker=worker, version=version, metrics=metrics):
                 self._writing.serve(worker, version)
                 self._gauges.add(metrics)
@@ -222,7 +225,7 @@ class Flow:
                 (self._lose_rollout if role == "rollout" else self._lose_teacher)(worker, reason)
 
     def _take_in_guided(self, teacher: int, items: Sequence[GuidedItem]) -> None:
-        self._gauges.count("teacher/tokens", sum(item.num_tokens for item in items))
+        self._gauges.count_tokens("teacher", sum(item.num_tokens for item in items))
         self._guided_by.update((item.trajectory_id, teacher) for item in items)
         self._to_put += items
         self._drop_too_old(items)
@@ -240,13 +243,13 @@ class Flow:
 
     def _lose_rollout(self, worker: int, reason: str) -> None:
         """What it was writing is drawn again, and what it wrote and no teacher has read, for that is lost with it."""
-        self._gauges.count("faults/restarts_rollout", 1)
+        self._gauges.count_restart("rollout")
         self._again([self._tasks[one] for one in self._guiding.remove_of(worker)])
         self._again(self._fail(self._writing.lose(worker), reason))
 
     def _lose_teacher(self, teacher: int, reason: str) -> None:
         """It is asked again for what it was asked; what it guided and nobody has learnt from is drawn again."""
-        self._gauges.count("faults/restarts_teacher", 1)
+        self._gauges.count_restart("teacher")
         for chunk in self._guiding.lose(teacher):
             left = self._fail([self._tasks[one] for one in chunk.trajectory_ids], reason)
             if len(chunk.trajectory_ids) > 1 and any(map(self._blame.is_lone, left)):

@@ -15,8 +15,8 @@ class Gauges:
         self.watch = Stopwatch(clock)
         numbers = {"rollout": num_rollouts, "teacher": num_teachers, "learner": 1}
         self._idle = {role: IdleTime(number, clock) for role, number in numbers.items()}
-        self._counts = {"rollout/tokens": 0, "teacher/tokens": 0}
-        self._counts |= {"faults/restarts_rollout": 0, "faults/restarts_teacher": 0}
+        self._tokens = {"rollout/tokens": 0, "teacher/tokens": 0}
+        self._restarts = {"faults/restarts_rollout": 0, "faults/restarts_teacher": 0}
         self._metrics: list[Metric] = []
 
     def add(self, metrics: Iterable[Metric]) -> None:
@@ -29,8 +29,12 @@ class Gauges:
     def idle(self, role: str, worker: int) -> None:
         self._idle[role].idle(worker)
 
-    def count(self, key: str, number: int) -> None:
-        self._counts[key] += number
+    def count_tokens(self, role: str, number: int) -> None:
+        """Response tokens that a worker of `role` is done with."""
+        self._tokens[f"{role}/tokens"] += number
+
+    def count_restart(self, role: str) -> None:
+        self._restarts[f"faults/restarts_{role}"] += 1
 
     def trained(self, items: Sequence[GuidedItem], version: int) -> None:
         """How many updates the policies of `items` were behind the learner's `version`."""
@@ -39,10 +43,10 @@ class Gauges:
         self._metrics.append(Metric(key="staleness/max", sum=max(ages)))
 
     def take(self, figures: Mapping[str, float]) -> tuple[Metric, ...]:
-        """`figures`, and everything since the last call."""
+        """`figures`, and everything since the last call; restarts of all time."""
         waiting = {f"waiting/{role}": idle.take() for role, idle in self._idle.items()}
-        own = {**figures, **self._counts, **waiting}
+        own = {**figures, **self._tokens, **self._restarts, **waiting}
         metrics = (*self._metrics, *self.watch.take(), *(Metric(key=key, sum=value) for key, value in own.items()))
         self._metrics = []
-        self._counts = dict.fromkeys(self._counts, 0)
+        self._tokens = dict.fromkeys(self._tokens, 0)
         return metrics

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from topd_ray.actors.events import Event, Guided, Learned, Published, Written
+from topd_ray.actors.events import Event, Guided, Learned, Packed, Published, Written
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
 from topd_ray.actors.parts import learner_part, rollout_part, teacher_part
@@ -16,6 +16,7 @@ from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.types import Completions, Prompt, RolloutRequest
+from topd_ray.weights.bundle import weight_metrics
 
 
 class InlineFleet:
@@ -68,7 +69,10 @@ class InlineFleet:
         if self._must_publish and not self._is_writing:
             self._must_publish = False
             version = self.publish_weights()
-            return [Published(worker=worker, version=version) for worker in range(self._config.rollout.num_workers)]
+            return [
+                Packed(metrics=tuple(self._weight_metrics)),
+                *(Published(worker=worker, version=version) for worker in range(self._config.rollout.num_workers)),
+            ]
         if self._rollouts:
             event = next(self._rollouts[0], None)
             self._is_writing = event is not None
@@ -91,7 +95,9 @@ class InlineFleet:
     def publish_weights(self) -> int:
         bundle = self._learner.pack_weights()
         assert bundle is not None, "one rank always packs its weights"
-        return check_receipt(0, [bundle], self._rollout.update_weights(bundle, interrupt=False))
+        receipt = self._rollout.update_weights(bundle)
+        self._weight_metrics = weight_metrics(bundle, [receipt])
+        return check_receipt(0, [bundle], receipt)
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
         worker = self._rollout if model == "student" else self._teacher

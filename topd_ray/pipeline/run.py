@@ -72,7 +72,7 @@ def _run_session(
         fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
         stack.callback(fleet.shutdown)
         try:
-            return Session(plan, fleet, books, interrupt, say).train()
+            return Session(plan, fleet, books, interrupt, say, restarts).train()
         except Exception as error:
             if not (isinstance(error, WorkerLostError) and restarts.has_room):
                 write_post_mortem(plan.config, error, say)
@@ -100,12 +100,15 @@ def _only_process_in(folder: Path) -> Iterator[None]:
 class Session:
     """One process's share of a run: from the last checkpoint, or the start, to the end or an interrupt."""
 
-    def __init__(self, plan: Plan, fleet: Fleet, books: Books, interrupt: Interrupt, say: Say) -> None:
+    def __init__(
+        self, plan: Plan, fleet: Fleet, books: Books, interrupt: Interrupt, say: Say, restarts: RestartBudget
+    ) -> None:
         self._plan = plan
         self._config = plan.config
         self._fleet = fleet
         self._books = books
         self._interrupt = interrupt
+        self._restarts = restarts
         self._say = say
         self._folder = plan.config.run.folder.absolute()
         self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity)
@@ -194,6 +197,7 @@ class Session:
         values = reduce([*update.metrics, *watch.metrics(), *self._run_metrics()])
         seconds = values["seconds/step"]
         values["throughput/trained_tokens_per_second"] = num_tokens / seconds
+        values["throughput/learner_tokens_per_second"] = num_tokens / values["seconds/learn"]
         values["throughput/rollout_tokens_per_second"] = values["rollout/tokens"] / seconds
         values["throughput/teacher_tokens_per_second"] = values["teacher/tokens"] / seconds
         self._books.write_update(self._state.step, update, self._tasks)
@@ -207,6 +211,7 @@ class Session:
             Metric(key="run/driver_payload_bytes", sum=self._state.driver_payload_bytes),
             Metric(key="run/driver_message_bytes", sum=self._fleet.traffic.message_bytes),
             Metric(key="near_future/threshold", sum=self._distances.value),
+            Metric(key="faults/restarts_learner", sum=self._restarts.num_spent),
         ]
 
     def _preflight_requests(self) -> list[RolloutRequest]:

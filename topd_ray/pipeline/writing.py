@@ -119,7 +119,7 @@ class Writing:
             self._has[worker].pop(trajectory_id).version = version
         if not self._has[worker]:
             self._gauges.idle("rollout", worker)
-        self._gauges.count("rollout/tokens", sum(chunk.num_tokens))
+        self._gauges.count_tokens("rollout", sum(chunk.num_tokens))
 
     def serve(self, worker: int, version: int) -> None:
         """A worker serves policy `version`."""

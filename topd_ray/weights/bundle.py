@@ -9,8 +9,6 @@ import torch
 from topd_ray.types import Metric
 from topd_ray.weights.checksum import Fingerprint, WeightReceipt, fingerprint
 
-MEGABYTE = 1e6
-
 Named = tuple[str, torch.Tensor]
 
 
@@ -67,15 +65,12 @@ class IpcDelivery:
         return [(name, torch.empty(shape, device="meta")) for name, shape in self.shapes.items()]
 
 
-def rated(stage: str, seconds: float, num_bytes: int) -> tuple[Metric, ...]:
-    """Seconds of a stage (pack, fetch or load), and its rate in MB/s as MB over seconds."""
-    return (
-        Metric(key=f"weights/{stage}_seconds", sum=seconds),
-        Metric(key=f"weights/{stage}_mb_per_second", sum=num_bytes / MEGABYTE, count=seconds),
-    )
+def timed(stage: str, seconds: float) -> tuple[Metric, ...]:
+    """Seconds of a stage: pack, fetch or load."""
+    return (Metric(key=f"weights/seconds_{stage}", sum=seconds),)
 
 
 def weight_metrics(bundle: WeightsBundle, receipts: Iterable[WeightReceipt]) -> list[Metric]:
-    """The figures of one publication, seconds and rates of the engines as means over them."""
-    metrics = [Metric(key="weights/model_bytes", sum=bundle.num_bytes), *bundle.metrics]
+    """The figures of one publication, those of the engines as means over them."""
+    metrics = [Metric(key="weights/bytes", sum=bundle.num_bytes), *bundle.metrics]
     return metrics + [metric for receipt in receipts for metric in receipt.metrics]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from topd_ray.weights.bundle import IpcDelivery, Named, WeightsBundle, rated
+from topd_ray.weights.bundle import IpcDelivery, Named, WeightsBundle, timed
 from topd_ray.weights.checksum import fingerprint
 
 
@@ -43,7 +43,7 @@ class IpcChannel:
             num_bytes=packed.num_bytes,
             checksum=packed.checksum,
             content=update_fields(self._staged, handles),
-            metrics=rated("pack", time.perf_counter() - started, packed.num_bytes),
+            metrics=timed("pack", time.perf_counter() - started),
         )
 
     def fetch(self, bundle: WeightsBundle) -> IpcDelivery:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from topd_ray.errors import WeightSyncError
 from topd_ray.types import Metric
-from topd_ray.weights.bundle import Delivery, Named, WeightsBundle, rated
+from topd_ray.weights.bundle import Delivery, Named, WeightsBundle, timed
 from topd_ray.weights.checksum import Fingerprint, fingerprint
 from topd_ray.weights.chunks import Chunk, pack, unpack
 
@@ -63,9 +63,9 @@ class ObjectStoreChannel:
             checksum=total.checksum,
             content=tuple(parcels),
             metrics=(
-                *rated("pack", time.perf_counter() - started, total.num_bytes),
+                *timed("pack", time.perf_counter() - started),
                 Metric(key="weights/chunks", sum=len(parcels)),
-                Metric(key="weights/stored_bytes_per_model_byte", sum=num_stored, count=total.num_bytes),
+                Metric(key="weights/overhead", sum=num_stored, count=total.num_bytes),
             ),
         )
 
@@ -85,7 +85,9 @@ class ObjectStoreChannel:
                 f"{total.checksum:#x}, the learner packed {bundle.num_bytes} with {bundle.checksum:#x}"
             )
         seconds = time.perf_counter() - started
-        return Delivery(tensors=named, fingerprint=total, metrics=rated("fetch", seconds, total.num_bytes))
+        rate = Metric(key="weights/fetch_bytes_per_second", sum=total.num_bytes, count=seconds)
+        fetched = (*timed("fetch", seconds), rate)
+        return Delivery(tensors=named, fingerprint=total, metrics=fetched)
 
     def _chunks(self, parcels: Sequence[Parcel]) -> Iterator[Chunk]:
         """The chunks in order; while the caller looks at one the next is being fetched."""
