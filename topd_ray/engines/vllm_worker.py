@@ -75,7 +75,7 @@ class WorkerExtension:
     def count_ranks_uncompiled(self) -> None:
         """Let an eager engine on a CPU count the ranks of tokens without torch.compile.
 
-        vLLM compiles that one line whatever `enforce_eager` says, and a call then costs more than the counting: 5 % of
+        vLLM compiles that one line whatever `enforce_eager` says, and a call then costs more than the counting: 3 % of
         a small model's decoding.
         """
         if current_platform.is_cpu() and self.model_runner.model_config.enforce_eager:
