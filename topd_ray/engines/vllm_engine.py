@@ -86,6 +86,7 @@ class VllmEngine:
             self._llm = _build(model, section, max_model_len + 1, seed)
             self._shape_logits(model)
             self.rpc("keep_seeds_while_prefilling")
+            self.rpc("count_ranks_uncompiled")
         except BaseException:
             SLOTS.leave()
             raise
@@ -270,13 +271,16 @@ class VllmEngine:
             logprobs=0 if draw.with_logprobs else None,
             stop_token_ids=list(self.vocabulary.eos_ids),
             detokenize=False,
+            skip_clone=True,
         )
 
     @staticmethod
     def _scoring(num_kept: int) -> Any:
         from vllm import SamplingParams
 
-        return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=num_kept, detokenize=False)
+        return SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=num_kept, detokenize=False, skip_clone=True
+        )
 
     def _reason(self, output: Any) -> FinishReason:
         reason = str(output.finish_reason)
@@ -295,6 +299,8 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
     from topd_ray.engines.vllm_worker import WEIGHT_BACKEND
 
     on_cpu = current_platform.is_cpu()
+    if eager_on_cpu := on_cpu and section.enforce_eager:
+        from topd_ray.engines.cpu_norms import OP_PRIORITY
     arguments = EngineArgs(
         model=model.model,
         revision=model.revision,
@@ -315,6 +321,7 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
         tensor_parallel_size=section.tensor_parallel_size,
         distributed_executor_backend="uni" if section.tensor_parallel_size == 1 else "mp",
         enforce_eager=section.enforce_eager,
+        ir_op_priority=OP_PRIORITY if eager_on_cpu else {},
         max_logprobs=-1,
         logprobs_mode="processed_logprobs",
         worker_extension_cls=WORKER_EXTENSION,

@@ -1,5 +1,6 @@
 """What runs inside vLLM's workers, which import this module by name (`worker_extension_cls`)."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,7 +18,9 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+from vllm.v1.sample import sampler
 
+import topd_ray.engines.cpu_norms  # noqa: F401  (registers them)
 from topd_ray.weights.checksum import Fingerprint, fingerprint
 
 WEIGHT_BACKEND = "topd_memory"
@@ -76,6 +79,15 @@ class WorkerExtension:
                 generators.update(kept)
 
         runner.sample_tokens = sample_finished_prompts
+
+    def count_ranks_uncompiled(self) -> None:
+        """Let an eager engine on a CPU count the ranks of tokens without torch.compile.
+
+        vLLM compiles that one line whatever `enforce_eager` says, and a call then costs more than the counting: 3 % of
+        a small model's decoding.
+        """
+        if current_platform.is_cpu() and self.model_runner.model_config.enforce_eager:
+            sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
 
 
 @dataclass
