@@ -3,7 +3,7 @@ OBJECTIVE ?= topd
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock docker docker-demo clean
+.PHONY: help setup demo test lint bench bench-async lock docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test bench: export HF_HUB_OFFLINE := 1
@@ -13,6 +13,7 @@ help:
 	@echo "make test    lint, import contracts, types and tests"
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
+	@echo "make bench-async   measure the asynchronous driver over engines that sleep; write bench/results/async.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
 	@echo "make docker  build the container image; make docker-demo runs the demo in it (docs/docker.md)"
 	@echo "make clean   delete .venv, .venv-bench, build/ and caches; keeps runs/"
@@ -35,6 +36,9 @@ lint: setup
 bench: setup
 	@bash requirements/bench.sh
 	.venv-bench/bin/python -m bench $(ARGS)
+
+bench-async: setup
+	.venv/bin/python -m bench.asynchronous
 
 lock:
 	@bash requirements/lock.sh
