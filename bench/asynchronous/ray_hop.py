@@ -128,7 +128,8 @@ class RayFleet:
 
 def measure(workload: Workload, max_staleness: int, num_updates: int) -> dict[str, float]:
     """Milliseconds of the driver a trajectory: CPU of its thread, of its process with Ray's threads, and the rate."""
-    ray.init(num_cpus=NUM_ACTORS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address="local", num_cpus=NUM_ACTORS, **options)
     try:
         total = 1 + max_staleness + num_updates
         flow = Flow(
