@@ -4,7 +4,7 @@ ARGS ?=
 KILLS ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench chaos lock audit docker docker-demo clean
+.PHONY: help setup demo test lint bench bench-async chaos lock audit docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
 demo test bench chaos: export HF_HUB_OFFLINE := 1
@@ -14,6 +14,7 @@ help:
 	@echo "make test    lint, import contracts, types and tests"
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
+	@echo "make bench-async   measure the asynchronous driver over engines that sleep; write bench/results/async.json"
 	@echo "make chaos   kill workers and drivers of runs at random moments (KILLS=100); write runs/chaos/summary.json"
 	@echo "make lock    remake requirements/cpu.txt, gpu.txt and bench.txt (UPGRADE=1: newest versions)"
 	@echo "make audit   ask for known vulnerabilities of every package of the locks (needs pypi.org)"
@@ -38,6 +39,9 @@ lint: setup
 bench: setup
 	@bash requirements/bench.sh
 	.venv-bench/bin/python -m bench $(ARGS)
+
+bench-async: setup
+	.venv/bin/python -m bench.asynchronous
 
 chaos: setup
 	.venv/bin/python -m tests.chaos $(KILLS) $(ARGS)

@@ -66,20 +66,20 @@ def test_figures_of_an_update() -> None:
     }
 
 
-def test_the_learner_waits_for_what_was_dropped_once() -> None:
+def test_the_learner_waits_for_what_takes_long_rather_than_drop_it() -> None:
     slow = {("write", "p0/0/0"): 40.0}
     run = Run(make_config(pipeline={"max_staleness": 1}), script(slow=slow), 8).play()
     run.check()
-    assert run.tasks.num_drops == {"p0/0/0": 1}
+    assert not run.tasks.num_drops
     (number,) = [index for index, update in enumerate(ids(run)) if "p0/0/0" in update]
-    assert [update.num_dropped for update in run.updates].index(1) < number
+    assert number == 1, "others went before it, as far as its age allows"
     (age,) = [
         update.policy_version - 1 - item.policy_version
         for update in run.updates
         for item in update.items
         if item.trajectory_id == "p0/0/0"
     ]
-    assert age <= 1
+    assert age == 1
 
 
 def test_the_learner_does_not_wait_while_the_buffer_is_full() -> None:

@@ -3,7 +3,8 @@
 It lives in the driver, which alone knows what became of a lease; payloads stay where they are.
 """
 
-from collections.abc import Collection, Container, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 
 from topd_ray.actors.messages import GuidedItem
 from topd_ray.config.schema import BufferConfig
@@ -18,6 +19,9 @@ class TrajectoryBuffer:
         self._waiting: dict[str, GuidedItem] = {}
         self.leased: tuple[GuidedItem, ...] = ()
         """what the learner has"""
+        self._leased_ids: frozenset[str] = frozenset()
+        self.num_waiting_of: Counter[int] = Counter()
+        """by policy version"""
         self.num_bytes = 0
         """of waiting and leased items"""
 
@@ -35,41 +39,42 @@ class TrajectoryBuffer:
         The caller keeps the rest and offers them again later (back-pressure). Raises TopdError for an id that the
         buffer already holds.
         """
-        leased = {item.trajectory_id for item in self.leased}
         for num_taken, item in enumerate(items):
             if self.num_bytes + item.num_bytes > self._config.max_bytes:
                 return num_taken
-            if item.trajectory_id in self._waiting or item.trajectory_id in leased:
+            if item.trajectory_id in self._waiting or item.trajectory_id in self._leased_ids:
                 raise TopdError(f"trajectory {item.trajectory_id} is already in the buffer: it was rolled out twice")
             self._waiting[item.trajectory_id] = item
+            self.num_waiting_of[item.policy_version] += 1
             self.num_bytes += item.num_bytes
         return len(items)
 
-    def take(self, num_items: int, *, first: Container[str] = ()) -> tuple[GuidedItem, ...]:
+    def take(self, num_items: int) -> tuple[GuidedItem, ...]:
         """Lease `num_items` waiting items; none while fewer are waiting. Raises TopdError while others are leased.
 
-        Those whose id is in `first` come first, then the oldest policies, then the ids in their order.
+        Those of the oldest policies come first, then the ids in their order.
         """
         if self.leased:
             raise TopdError(f"{len(self.leased)} trajectories are still leased: release them first")
         if len(self._waiting) < num_items:
             return ()
-        ordered = sorted(
-            self._waiting.values(),
-            key=lambda item: (item.trajectory_id not in first, item.policy_version, item.trajectory_id),
-        )
-        self.leased = tuple(ordered[:num_items])
-        for item in self.leased:
-            del self._waiting[item.trajectory_id]
+        ordered = sorted(self._waiting.values(), key=lambda item: (item.policy_version, item.trajectory_id))
+        self.leased = tuple(self._remove(item.trajectory_id) for item in ordered[:num_items])
+        self._leased_ids = frozenset(item.trajectory_id for item in self.leased)
         return self.leased
 
     def release(self) -> tuple[GuidedItem, ...]:
         """Forget what is leased, and return it: it has been trained on, or is lost."""
-        released, self.leased = self.leased, ()
+        released, self.leased, self._leased_ids = self.leased, (), frozenset()
         self.num_bytes -= sum(item.num_bytes for item in released)
         return released
 
     def discard(self, trajectory_ids: Collection[str]) -> None:
         """Drop those of `trajectory_ids` that are waiting."""
-        for item in [self._waiting.pop(one) for one in trajectory_ids if one in self._waiting]:
+        for item in [self._remove(one) for one in trajectory_ids if one in self._waiting]:
             self.num_bytes -= item.num_bytes
+
+    def _remove(self, trajectory_id: str) -> GuidedItem:
+        item = self._waiting.pop(trajectory_id)
+        self.num_waiting_of[item.policy_version] -= 1
+        return item

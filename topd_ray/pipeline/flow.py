@@ -49,7 +49,7 @@ class Update:
 
     policy_version: int
     items: tuple[GuidedItem, ...]
-    """trained on: first what was dropped before, then in the order of policy versions and ids"""
+    """trained on, in the order of policy versions and ids"""
     tasks: tuple[Task, ...]
     """the same ones"""
     quarantined: tuple[tuple[Task, str], ...]
@@ -92,7 +92,7 @@ class Flow:
         self._num_dropped = 0
         self._blame = Blame(config.faults)
         self._gauges = Gauges(config.rollout.num_workers, config.teacher.num_workers)
-        self._writing = Writing(config, fleet, self._blame, self._gauges, policy_version=policy_version)
+        self._writing = Writing(config, fleet, tasks, self._blame, self._gauges, policy_version=policy_version)
         self._guiding = Guiding(config, fleet, tasks, self._blame, self._gauges, threshold)
         self._writing.open(reopened)
 
@@ -168,22 +168,23 @@ class Flow:
             self._gauges.watch.stop("rollout_and_look_ahead")
             self._gauges.watch.start("learn")
             self._gauges.busy("learner", 0)
-            self._fleet.learn(self._buffer.take(batch, first=self._tasks.drawn_again))
+            self._fleet.learn(self._buffer.take(batch))
 
     def _would_strand(self, batch: int) -> bool:
-        """Whether an update now would leave too little room, in the updates to come, for what was dropped before.
+        """Whether an update now would leave more begun by old policies than the updates to come can take in time.
 
-        Of those left by it, number i in the order of age can be trained on when the learner is at L + 1 + i // batch.
-        So a trajectory is dropped at most once for its age, if the buffer is not full: the learner waits for those that
-        take longest.
+        Policy v's trajectories can be trained on until the learner is at v + S, after this update v + S - L times more.
+        So the learner waits for those that take longest: begun anew, they would keep it waiting for longer still. They
+        are dropped only where the buffer is full, so that none can arrive, or weights reached their worker late.
         """
-        ages = sorted((task.version, one) for one, task in self._tasks.drawn_again.items() if task.version is not None)
-        guided = [one for _, one in ages if one in self._guided_by]
-        if len(guided) == len(ages):
-            return False
-        learnt = set(guided[:batch])
-        left = [version for version, one in ages if one not in learnt]
-        return any(self._is_too_old(version, self._version + 1 + i // batch) for i, version in enumerate(left))
+        num_begun = num_guided = 0
+        for version in sorted(self._tasks.num_begun_of):
+            num_begun += self._tasks.num_begun_of[version]
+            num_guided += self._buffer.num_waiting_of[version]
+            num_in_time = batch * max(version + self._max_staleness - self._version, 0)
+            if num_guided < batch and num_begun - num_guided > num_in_time:
+                return True
+        return False
 
     # What has happened
 

@@ -1,5 +1,6 @@
 """The trajectories of a run that are drawn and not yet trained on."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Tasks:
         self._samples_per_prompt = samples_per_prompt
         self._seed = seed
         self._open: dict[str, Task] = {}
+        self.num_begun_of: Counter[int] = Counter()
+        """open tasks by the oldest policy that may have written some of them"""
         self._drawn_again: dict[str, Task] = {}
         self._num_drawn = 0
 
@@ -65,6 +68,14 @@ class Tasks:
         """These were thrown away for being too old."""
         self._drawn_again.update((one, self._open[one]) for one in trajectory_ids)
 
+    def set_version(self, task: Task, version: int | None) -> None:
+        """`version` is the oldest policy that may have written some of an open task; None: nobody has begun it."""
+        if task.version is not None:
+            self.num_begun_of[task.version] -= 1
+        task.version = version
+        if version is not None:
+            self.num_begun_of[version] += 1
+
     def draw(self) -> list[Task]:
         """Open the next step's tasks."""
         return self._begin(self._schedule.take(), range(self._samples_per_prompt))
@@ -73,6 +84,8 @@ class Tasks:
         """Forget tasks, which are done with."""
         closed = [self._open.pop(one) for one in trajectory_ids]
         for task in closed:
+            if task.version is not None:
+                self.num_begun_of[task.version] -= 1
             self._drawn_again.pop(task.trajectory_id, None)
         return closed
 

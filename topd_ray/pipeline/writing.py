@@ -9,19 +9,27 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.pipeline.faults import Blame, take_idle
 from topd_ray.pipeline.fleet import FlowFleet
 from topd_ray.pipeline.gauges import Gauges
-from topd_ray.pipeline.tasks import Task
+from topd_ray.pipeline.tasks import Task, Tasks
 
 
 class Writing:
     """Tasks that wait to be written, in the order they are handed out, and those that each rollout worker has."""
 
     def __init__(
-        self, config: TopdConfig, fleet: FlowFleet, blame: Blame, gauges: Gauges, *, policy_version: int
+        self,
+        config: TopdConfig,
+        fleet: FlowFleet,
+        tasks: Tasks,
+        blame: Blame,
+        gauges: Gauges,
+        *,
+        policy_version: int,
     ) -> None:
         num_workers = config.rollout.num_workers
         self._max_num_seqs = config.rollout.max_num_seqs
         self._deterministic = config.run.deterministic
         self._fleet = fleet
+        self._tasks = tasks
         self._blame = blame
         self._gauges = gauges
         self._waiting: deque[list[Task]] = deque()  # the samples of a prompt together
@@ -60,7 +68,7 @@ class Writing:
         """Tasks whose trajectory is gone, before those that were drawn later."""
         in_company = []
         for task in tasks:
-            task.version = None
+            self._tasks.set_version(task, None)
             if self._blame.is_lone(task):
                 self._waiting_alone.append(task)
             else:
@@ -108,7 +116,8 @@ class Writing:
 
     def _give(self, worker: int, tasks: Sequence[Task]) -> None:
         for task in tasks:
-            task.worker, task.version = worker, self._serves[worker]
+            task.worker = worker
+            self._tasks.set_version(task, self._serves[worker])
             self._has[worker][task.trajectory_id] = task
         self._gauges.busy("rollout", worker)
         self._fleet.write(worker, [task.request for task in tasks])
@@ -116,7 +125,7 @@ class Writing:
     def take_in(self, worker: int, chunk: RolloutChunk) -> None:
         """A worker has written `chunk`."""
         for trajectory_id, version in zip(chunk.trajectory_ids, chunk.policy_versions, strict=True):
-            self._has[worker].pop(trajectory_id).version = version
+            self._tasks.set_version(self._has[worker].pop(trajectory_id), version)
         if not self._has[worker]:
             self._gauges.idle("rollout", worker)
         self._gauges.count_tokens("rollout", sum(chunk.num_tokens))

@@ -1,0 +1,1 @@
+"""The asynchronous driver over engines that only sleep: what overlap gains, and what the driver itself costs."""
