@@ -1,7 +1,8 @@
 """Workers without engines for a fleet under real Ray; files in a folder tell them when to fail, and how.
 
-A file `<role>-<moment>` is an order that a worker obeys when it comes to that moment: `die`, `stop` (SIGSTOP), `wait
-NAME` until there is a file of that name, or `raise CLASS: message`, with `once` in front for the first worker only.
+A file `<role>-<moment>` is an order that a worker obeys when it comes to that moment: `die`, `stop` (SIGSTOP), `pause`
+(a fifth of a second), `wait NAME` until there is a file of that name, or `raise CLASS: message`, with `once` in front
+for the first worker only.
 Moments are the names of methods, for some of them with what is asked for (`rollout-write-p3`, `learner1-learn`).
 """
 
@@ -54,6 +55,8 @@ class StandIn:
         if order == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         verb, _, rest = order.partition(" ")
+        if order == "pause":
+            time.sleep(0.2)
         if verb == "wait":
             while not (self.folder / rest).exists():
                 time.sleep(0.02)

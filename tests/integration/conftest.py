@@ -3,7 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import ray
 import torch
+from ray.cluster_utils import Cluster
+
+from tests.stand_ins import Orders, workers
+from topd_ray.actors import crew
 
 
 @pytest.fixture(scope="module")
