@@ -1,8 +1,8 @@
 """Workers without engines for a fleet under real Ray; files in a folder tell them when to fail, and how.
 
-A file `<role>-<moment>` is an order that a worker obeys when it comes to that moment: `die`, `stop` (SIGSTOP), `pause`
-(a fifth of a second), `wait NAME` until there is a file of that name, or `raise CLASS: message`, with `once` in front
-for the first worker only.
+A file `<role>-<moment>` is an order that a worker obeys when it comes to that moment: `die`, `stop` (SIGSTOP),
+`interrupt` (SIGTERM), `pause` (a fifth of a second), `wait NAME` until there is a file of that name, or
+`raise CLASS: message`, with `once` in front for the first worker only.
 Moments are the names of methods, for some of them with what is asked for (`rollout-write-p3`, `learner1-learn`).
 """
 
@@ -38,6 +38,9 @@ class StandIn:
         self.obey("setup")
         return "stand-in"
 
+    def shutdown(self) -> None:
+        (self.folder / f"{self.role}-ended").touch()
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -55,6 +58,8 @@ class StandIn:
         if order == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         verb, _, rest = order.partition(" ")
+        if order == "interrupt":
+            os.kill(os.getpid(), signal.SIGTERM)
         if order == "pause":
             time.sleep(0.2)
         if verb == "wait":
@@ -82,7 +87,8 @@ class Rollout(StandIn):
             yield self._write([self.requests.get()])
 
     def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
-        yield self._write(requests)
+        for share in [requests] if whole else [[request] for request in requests]:
+            yield self._write(share)
 
     def _write(self, requests: Sequence[RolloutRequest]) -> RolloutChunk:
         for request in requests:
@@ -145,6 +151,7 @@ class Learner(StandIn):
         except PayloadLostError:
             lost = True
         self.obey("learn")
+        self.obey(f"learn-{self.version}")
         if lost or (self.folder / "another-rank-lost-its-share").exists():
             (self.folder / "another-rank-lost-its-share").touch()
             raise PayloadLostError("gone")

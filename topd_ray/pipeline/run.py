@@ -93,8 +93,14 @@ def _post_mortem(config: TopdConfig, restarts: RestartBudget, say: Say) -> Itera
 
 
 def again(config: TopdConfig) -> TopdConfig:
-    """The config of a run that goes on from its own last checkpoint, if it has one."""
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    """The config of a run that goes on from its own last checkpoint, if it has one, once lost nodes are back."""
+    wait_seconds = max(config.resources.wait_seconds, config.faults.replace_seconds)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"resume": "auto"}),
+            "resources": config.resources.model_copy(update={"wait_seconds": wait_seconds}),
+        }
+    )
 
 
 @contextmanager
