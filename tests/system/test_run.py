@@ -148,15 +148,42 @@ def test_a_signal_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command
     assert weights(root / name) == weights(deterministic)
 
 
-def test_a_worker_that_dies_ends_the_run_with_an_error_and_leaves_nothing_behind(root: Path) -> None:
-    process = start(root, "died", "run.steps=500", until="loss/total")
+def test_workers_that_are_killed_are_replaced_and_the_student_is_bitwise_the_same(
+    root: Path, deterministic: Path
+) -> None:
+    """The teacher and the rollout worker after the first update, and the learner after the second."""
+    process = start(root, "killed", "run.deterministic=true", "run.checkpoint_every=1", until="loss/total")
     family = family_of(process)
-    (teacher,) = [one for one in family if "ray::TeacherWorker" in " ".join(one.cmdline())]
-    teacher.kill()
+    for worker in ("Teacher", "Rollout"):
+        only(worker, family).kill()
+    while process.poll() is None and not (root / "killed" / "checkpoints" / "step-000002").exists():
+        time.sleep(0.01)
+    only("Learner", family).kill()
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+    assert "learner rank 0 is lost" in output and "all workers start again, from the last checkpoint" in output
+    assert "Traceback" not in output
+    assert_gone(family)
+    assert weights(root / "killed") == weights(deterministic)
+
+
+def test_a_worker_that_fails_too_often_ends_the_run_with_one_line_and_leaves_nothing_behind(root: Path) -> None:
+    process = start(root, "died", "run.steps=500", "faults.max_restarts=0", until="loss/total")
+    family = family_of(process)
+    only("Teacher", family).kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert "error: TeacherError: a teacher worker died" in output and "Traceback" not in output
+    assert "error: TeacherError: teacher worker 0 has failed more than faults.max_restarts=0 times within" in output
+    assert "Traceback" not in output
     assert_gone(family)
+    (bundle,) = (root / "died" / "post-mortem").iterdir()
+    assert list((bundle / "logs").rglob("TeacherWorker-*"))
+
+
+def only(worker: str, family: list[psutil.Process]) -> psutil.Process:
+    """The process of the only worker of a kind."""
+    (found,) = [one for one in family if one.is_running() and f"ray::{worker}Worker" in " ".join(one.cmdline())]
+    return found
 
 
 def start(root: Path, name: str, *overrides: str, until: str) -> subprocess.Popen[str]:

@@ -1,34 +1,45 @@
-"""What workers and their fleet do at moments that a run on this machine seldom meets; engines and Ray are scripted."""
+"""What a learner does with a loss that is not finite, and what tells that workers are late, gone or given up."""
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
 
-from topd_ray.actors import fleet as fleet_module
+from topd_ray.actors.answers import is_loss, reason_of
+from topd_ray.actors.calls import Calls
 from topd_ray.actors.cluster import KEEP_FREED_MEMORY, worker_environment
-from topd_ray.actors.fleet import RayFleet, Streams
+from topd_ray.actors.crew import Slot
 from topd_ray.actors.learner import LearnerWorker
-from topd_ray.actors.messages import Normalisers
-from topd_ray.actors.store import LocalStore
-from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
+from topd_ray.actors.messages import GuidedItem, Normalisers
+from topd_ray.actors.placement import Need
+from topd_ray.actors.restarts import RestartBudget
+from topd_ray.actors.store import LocalStore, Store
+from topd_ray.config.load import load_config
+from topd_ray.config.schema import FaultsConfig, LearnerConfig, ObjectiveConfig, StudentConfig, TopdConfig
 from topd_ray.data.arrow import GUIDED_SCHEMA
-from topd_ray.errors import NonFiniteLossError
+from topd_ray.errors import NonFiniteLossError, PayloadLostError, RolloutError
 
+DEMO = Path(__file__).parents[2] / "jobs" / "demo.yaml"
 STUDENT = StudentConfig(model="s")
+FUTURE: Any = "future"
 
 
 class NonFiniteEngine:
     policy_version = 3
 
+    def all_ranks(self, condition: bool) -> bool:
+        return condition
+
     def learn(self, *_: object, **__: object) -> None:
         raise NonFiniteLossError("update 4: the loss is nan")
 
 
-def failing_learner(folder: Path) -> LearnerWorker:
+def failing_learner(folder: Path, store: Store | None = None) -> LearnerWorker:
     worker = LearnerWorker(
         STUDENT,
         LearnerConfig(),
@@ -40,7 +51,7 @@ def failing_learner(folder: Path) -> LearnerWorker:
         seed=0,
         deterministic=False,
         failed_batch_folder=folder,
-        store=LocalStore(),
+        store=store or LocalStore(),
     )
     worker._engine = NonFiniteEngine()
     return worker
@@ -60,50 +71,134 @@ def test_a_share_that_cannot_be_saved_does_not_hide_the_loss(tmp_path: Path) -> 
         failing_learner(tmp_path / "file" / "failed").learn([], Normalisers.of([]))
 
 
-def test_a_rank_that_is_still_saving_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def result(future: str) -> None:
-        assert future == "rank 0"
-        raise NonFiniteLossError("the loss is nan")
+class MeetingEngine:
+    """One of two ranks that meet in threads."""
 
-    fleet: Any = object.__new__(RayFleet)
-    fleet._result = result
-    monkeypatch.setattr(
-        fleet_module, "ray", SimpleNamespace(wait=lambda futures, **_: ([futures[0]], list(futures[1:])))
+    policy_version = 1
+
+    def __init__(self, meeting: threading.Barrier, votes: list[bool]) -> None:
+        self._meeting, self._votes = meeting, votes
+
+    def all_ranks(self, condition: bool) -> bool:
+        self._votes.append(condition)
+        self._meeting.wait(timeout=10.0)
+        return all(self._votes)
+
+    def learn(self, *_: object, **__: object) -> None:
+        raise AssertionError("a rank has learnt though another could not fetch its share")
+
+
+class LossyStore(LocalStore):
+    def get(self, handles: Sequence[Any]) -> list[Any]:
+        if "gone" in handles:
+            raise PayloadLostError("the node that held it is gone")
+        return super().get(handles)
+
+
+def test_no_rank_learns_if_one_cannot_fetch_its_share(tmp_path: Path) -> None:
+    meeting, votes = threading.Barrier(2), []
+    ranks = [failing_learner(tmp_path, store=LossyStore()) for _ in range(2)]
+    for rank in ranks:
+        rank._engine = MeetingEngine(meeting, votes)
+    lost = GuidedItem(
+        handle="gone",
+        row=0,
+        trajectory_id="p/0/0",
+        policy_version=1,
+        num_tokens=1,
+        num_sequence_tokens=2,
+        num_guided=0.0,
+        num_bytes=1,
+        distances=(),
     )
-    assert fleet._failures(["rank 0", "rank 1"]) == ["the loss is nan", "learner rank 1 has not answered within 60 s"]
+    with ThreadPoolExecutor(2) as pool:
+        learning = [
+            pool.submit(rank.learn, share, Normalisers.of([lost]))
+            for rank, share in zip(ranks, ([lost], []), strict=True)
+        ]
+    assert [type(one.exception()) for one in learning] == [PayloadLostError] * 2
+    assert sorted(votes) == [False, True]
+    messages = [str(one.exception()) for one in learning]
+    assert messages == ["the node that held it is gone", "another rank cannot fetch its share of the batch"]
 
 
-class Teacher:
-    """A teacher's handle, which remembers how many chunks each of its calls took."""
-
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-        self.look_ahead = SimpleNamespace(remote=self._look_ahead)
-
-    def _look_ahead(self, chunks: Sequence[str], threshold: float) -> tuple[str, ...]:
-        self.calls.append(len(chunks))
-        return tuple(chunks)
-
-
-@pytest.mark.parametrize(("num_chunks", "calls"), [(4, [[2], [2]]), (5, [[3], [2]]), (1, [[1], []])])
-def test_waiting_chunks_are_shared_between_the_idle_teachers(num_chunks: int, calls: list[list[int]]) -> None:
-    fleet: Any = object.__new__(RayFleet)
-    fleet._config = SimpleNamespace(run=SimpleNamespace(deterministic=False))
-    fleet._teachers = [Teacher(), Teacher()]
-    fleet._wait = list
-    fleet._fetch = list
-    streams: Any = Streams(fleet, [iter([f"chunk {index}"]) for index in range(num_chunks)])  # type: ignore[list-item]
-    guided = [chunk for call in fleet.look_ahead(streams, 0.1) for chunk in call]
-    assert sorted(guided) == [f"chunk {index}" for index in range(num_chunks)]
-    assert [teacher.calls for teacher in fleet._teachers] == calls
+@pytest.mark.parametrize(
+    ("on_new_weights", "kind", "setting", "silence_counts"),
+    [
+        ("finish", "learn", "faults.stall_seconds=7 s", True),
+        ("finish", "update_weights", "faults.stall_seconds=7 s", True),
+        ("interrupt", "update_weights", "weights.timeout_seconds=7 s", False),
+        ("finish", "setup", "faults.replace_seconds=7 s", False),
+    ],
+)
+def test_how_long_a_call_may_take(on_new_weights: str, kind: str, setting: str, silence_counts: bool) -> None:
+    limits = ("faults.stall_seconds=7", "weights.timeout_seconds=7", "faults.replace_seconds=7")
+    config = load_config(DEMO, (f"pipeline.on_new_weights={on_new_weights}", *limits))
+    calls, slot = Calls(config), slot_of("rollout", 0, config)
+    calls.add(kind, slot, FUTURE)
+    (call,) = calls.of().values()
+    assert str(call.limit) == setting
+    assert calls.late(call.made_at + 6.9) == [] and calls.late(call.made_at + 7.1) == [call]
+    slot.heard_at = call.made_at + 1.0
+    assert calls.late(call.made_at + 7.1) == ([] if silence_counts else [call])
+    assert calls.late(call.made_at + 8.1) == [call]
 
 
-def test_the_less_busy_teacher_is_served_first() -> None:
-    fleet: Any = object.__new__(RayFleet)
-    fleet._teachers = [Teacher(), Teacher()]
-    assert fleet._idle_teachers({"a": 0}) == [1]
-    assert fleet._idle_teachers({"a": 0, "b": 1}) == [0, 1]
-    assert fleet._idle_teachers({"a": 0, "b": 1, "c": 0, "d": 1}) == []
+def test_calls_of_a_lost_worker_are_forgotten() -> None:
+    config = load_config(DEMO, ())
+    calls, lost, other = Calls(config), slot_of("teacher", 0, config), slot_of("teacher", 1, config)
+    futures: list[Any] = ["a", "b", "c"]
+    for future, slot in zip(futures, (lost, other, lost), strict=True):
+        calls.add("guide", slot, future)
+    calls.drop(lost)
+    assert list(calls) == ["b"] and "a" not in calls and calls.pop(futures[1]).slot is other
+    assert list(calls) == []
+
+
+def slot_of(role: str, index: int, config: TopdConfig) -> Slot:
+    need = Need(role=role, index=index, num_cpus=1, num_gpus=0.0)
+    return Slot(role=role, index=index, need=need, bundle=0, budget=RestartBudget(config.faults))
+
+
+def test_a_restart_budget_forgets_what_is_long_ago() -> None:
+    now = 0.0
+    budget = RestartBudget(FaultsConfig(max_restarts=2, window_seconds=10.0), clock=lambda: now)
+    assert [budget.spend(), budget.spend(), budget.has_room, budget.spend()] == [True, True, False, False]
+    now = 9.9
+    assert not budget.has_room
+    now = 10.0
+    assert budget.has_room and budget.spend()
+    assert str(budget) == "more than faults.max_restarts=2 times within faults.window_seconds=10"
+    assert not RestartBudget(FaultsConfig(max_restarts=0)).spend()
+
+
+@pytest.mark.parametrize(
+    ("error", "gone", "reason"),
+    [
+        (RayActorError(error_msg="The actor died unexpectedly.\n\tpid: 3"), True, "The actor died unexpectedly."),
+        (ActorUnavailableError("cut off", None), True, "The actor None is unavailable: cut off. The task may or"),
+        (OutOfMemoryError("killed for its memory\nmore"), True, "killed for its memory"),
+        (
+            RayTaskError("look_ahead", "Traceback\n  File", ValueError("no such token")),
+            False,
+            "ValueError: no such token",
+        ),
+        (RolloutError("it is broken"), False, "it is broken"),
+        (RolloutError(), False, "RolloutError"),
+    ],
+    ids=["died", "unavailable", "memory", "code", "own", "wordless"],
+)
+def test_whether_a_worker_is_gone_and_why(error: Exception, gone: bool, reason: str) -> None:
+    if isinstance(error, RayTaskError):
+        error = error.as_instanceof_cause()
+    assert is_loss(error) == gone
+    assert reason_of(error).startswith(reason) and "\n" not in reason_of(error)
+
+
+def test_the_loss_of_another_worker_that_a_call_waited_for() -> None:
+    died = RayActorError(error_msg="The actor died unexpectedly.")
+    waited = RayTaskError("update_weights", "Traceback", died).as_instanceof_cause()
+    assert is_loss(waited) and reason_of(waited) == "The actor died unexpectedly."
 
 
 def test_the_users_own_malloc_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:

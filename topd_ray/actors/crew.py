@@ -17,6 +17,7 @@ from topd_ray.actors.rollout import RolloutWorker
 from topd_ray.actors.store import RayStore
 from topd_ray.actors.teacher import TeacherWorker
 from topd_ray.config.schema import TopdConfig
+from topd_ray.weights.checksum import WeightReceipt
 
 WORKERS: dict[str, type] = {"rollout": RolloutWorker, "teacher": TeacherWorker, "learner": LearnerWorker}
 
@@ -33,12 +34,17 @@ class Slot:
     budget: RestartBudget
     actor: Any = None
     is_ready: bool = False
-    version: int | None = None
-    """of the policy a rollout worker has acknowledged"""
     num_writing: int = 0
     """trajectories a rollout worker owes"""
     heard_at: float = 0.0
-    """when it last delivered something, or was given work while it had none"""
+    """when it last answered or delivered something, or was given work while it had none"""
+    receipt: WeightReceipt | None = None
+    """what a rollout worker has acknowledged last"""
+
+    @property
+    def version(self) -> int | None:
+        """Of the policy that a rollout worker serves."""
+        return None if self.receipt is None else self.receipt.version
 
     def __str__(self) -> str:
         return f"{self.role} {'rank' if self.role == 'learner' else 'worker'} {self.index}"
@@ -66,15 +72,15 @@ class Crew:
         """The slots of a role in the order of their index."""
         return sorted((slot for slot in self.slots if slot.role == role), key=lambda slot: slot.index)
 
-    def slot_of(self, actor_id: str) -> Slot | None:
+    def slot_of(self, actor_id: str | None) -> Slot | None:
         """Whose actor `actor_id` is or was."""
-        return self._slot_of.get(actor_id)
+        return None if actor_id is None else self._slot_of.get(actor_id)
 
     def make(self, slot: Slot) -> None:
         """Fill the slot with a new actor, which still has to be set up; the one before it is killed."""
         if slot.actor is not None:
             ray.kill(slot.actor)
-        slot.is_ready, slot.version, slot.num_writing, slot.heard_at = False, None, 0, time.monotonic()
+        slot.is_ready, slot.receipt, slot.num_writing, slot.heard_at = False, None, 0, time.monotonic()
         environment = worker_environment(threads(self._config, slot.role), on_cpu=not slot.need.num_gpus)
         slot.actor = (
             ray.remote(WORKERS[slot.role])

@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from tqdm import tqdm
 
+from topd_ray.actors.answers import POLL_SECONDS, Answers, is_loss, reason_of
+from topd_ray.actors.calls import Call, Calls
 from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray
 from topd_ray.actors.crew import Crew, Slot
 from topd_ray.actors.events import (
@@ -42,26 +43,11 @@ from topd_ray.errors import (
 )
 from topd_ray.types import Completions, Prompt, RolloutRequest, UpdateReport
 from topd_ray.weights.bundle import weight_metrics
+from topd_ray.weights.checksum import WeightReceipt
 
-POLL_SECONDS = 0.5
 SAVE_SECONDS = 60.0
 """How long the learner ranks may take to save a batch whose loss is not finite."""
 FAILED = {"rollout": RolloutError, "teacher": TeacherError, "learner": LearnerError}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Call:
-    """A call of an actor that has not been answered."""
-
-    kind: str
-    slot: Slot
-    sources: tuple[RolloutChunk, ...] = ()
-    """of `guide`"""
-    bundle: ray.ObjectRef | None = None
-    """of `update_weights`"""
-    deadline: float
-    limit: str
-    """the setting that the deadline comes from"""
 
 
 class RayFleet:
@@ -75,21 +61,16 @@ class RayFleet:
         self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None] = lambda: None
     ) -> None:
         self._config = config
+        self._total_updates = total_updates
         self._check_interrupt = check_interrupt
         self.traffic = Traffic()
-        self._calls: dict[ray.ObjectRef, Call] = {}
+        self._calls = Calls(config)
         self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
         self._newest: ray.ObjectRef | None = None
         """the bundle of the newest weights"""
         self._reports: dict[int, UpdateReport | None] = {}
         """of the learner ranks that have answered; None where the batch could not be read"""
         self._looked_at = time.monotonic()
-        start_ray(config)
-        try:
-            self._build(total_updates)
-        except BaseException:
-            ray.shutdown()
-            raise
 
     @staticmethod
     def check(config: TopdConfig) -> None:
@@ -98,8 +79,9 @@ class RayFleet:
             check_local_fit(config, num_cores=local_cores(), num_gpus=torch.cuda.device_count())
         check_run_folder(config.run.folder)
 
-    def _build(self, total_updates: int) -> None:
+    def start(self) -> None:
         config = self._config
+        start_ray(config)
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
         group = reserve(
             wanted,
@@ -108,7 +90,8 @@ class RayFleet:
             check_interrupt=self._check_interrupt,
         )
         check_nodes(config, wanted, group)
-        self._crew = Crew(config, wanted, group, total_updates)
+        self._crew = Crew(config, wanted, group, self._total_updates)
+        self._answers = Answers(self._crew, self.traffic, self._check_interrupt)
         self._rollouts = self._crew.of("rollout")
         self._teachers = self._crew.of("teacher")
         self._learners = self._crew.of("learner")
@@ -116,7 +99,8 @@ class RayFleet:
         for slot in self._crew.slots:
             self._crew.make(slot)
         several = len(self._learners) > 1
-        meeting = self._fetch([self._learners[0].actor.rendezvous.remote()])[0] if several else None
+        rendezvous = [self._learners[0].actor.rendezvous.remote()] if several else []
+        meeting = next(iter(self._answers.fetch(rendezvous, self._calls.loading)), None)
         for slot in [*self._learners, *self._rollouts, *self._teachers]:
             self._set_up(slot, *([meeting] if slot.role == "learner" else []))
         num_slots = len(self._crew.slots)
@@ -134,24 +118,24 @@ class RayFleet:
         if slot.num_writing == 0:
             slot.heard_at = time.monotonic()
         slot.num_writing += len(requests)
-        self._call("submit", slot, slot.actor.submit.remote(requests, whole=self._config.run.deterministic))
+        self._calls.add("submit", slot, slot.actor.submit.remote(requests, whole=self._config.run.deterministic))
 
     def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
         slot = self._teachers[teacher]
-        self._call("guide", slot, slot.actor.look_ahead.remote(chunks, threshold), sources=tuple(chunks))
+        self._calls.add("guide", slot, slot.actor.look_ahead.remote(chunks, threshold), sources=tuple(chunks))
 
     def learn(self, items: Sequence[GuidedItem]) -> None:
         shares = balance_ranks(items, len(self._learners))
         normalisers = Normalisers.of(items)
         self._reports = {}
         for slot, share in zip(self._learners, shares, strict=True):
-            self._call("learn", slot, slot.actor.learn.remote(share, normalisers))
+            self._calls.add("learn", slot, slot.actor.learn.remote(share, normalisers))
 
     def publish(self) -> None:
         packing = [slot.actor.pack_weights.remote() for slot in self._learners]
         self._newest = packing[0]
         for slot, future in zip(self._learners, packing, strict=True):
-            self._call("pack", slot, future)
+            self._calls.add("pack", slot, future)
         for slot in self._rollouts:
             if slot.is_ready:
                 self._send_weights(slot)
@@ -160,25 +144,10 @@ class RayFleet:
         """Not by way of the driver: the worker gets the learner's answer."""
         interrupt = self._config.pipeline.on_new_weights == "interrupt"
         future = slot.actor.update_weights.remote(self._newest, interrupt=interrupt)
-        self._call("update_weights", slot, future, bundle=self._newest)
+        self._calls.add("update_weights", slot, future, bundle=self._newest)
 
     def _set_up(self, slot: Slot, *args: Any) -> None:
-        self._call("setup", slot, slot.actor.setup.remote(*args))
-
-    def _call(self, kind: str, slot: Slot, future: ray.ObjectRef, **details: Any) -> None:
-        faults = self._config.faults
-        limit = "faults.stall_seconds", faults.stall_seconds
-        if kind == "setup":
-            limit = "faults.replace_seconds", faults.replace_seconds
-        elif kind == "update_weights" and self._config.pipeline.on_new_weights == "interrupt":
-            limit = "weights.timeout_seconds", self._config.weights.timeout_seconds
-        self._calls[future] = Call(
-            kind=kind,
-            slot=slot,
-            deadline=time.monotonic() + limit[1],
-            limit=f"{limit[0]}={limit[1]:g}",
-            **details,
-        )
+        self._calls.add("setup", slot, slot.actor.setup.remote(*args))
 
     # Events
 
@@ -199,7 +168,7 @@ class RayFleet:
     def _hear_stream(self, stream: ray.ObjectRefGenerator) -> list[Event]:
         slot = self._streams[stream]
         try:
-            chunk = self._result(next(stream))
+            chunk = self._answers.get(next(stream))
         except StopIteration:
             return [self._lose(slot, "it has stopped serving")]
         except (TopdError, RayError) as error:
@@ -210,34 +179,47 @@ class RayFleet:
 
     def _hear(self, future: ray.ObjectRef) -> list[Event]:
         call = self._calls.pop(future)
+        call.slot.heard_at = time.monotonic()
         try:
-            result = self._result(future)
+            return self._answered(call, self._answers.get(future))
         except NonFiniteLossError:
-            others = [one for one, other in self._calls.items() if other.kind == "learn"]
-            raise NonFiniteLossError("; ".join(self._failures([future, *others]))) from None
+            raise NonFiniteLossError("; ".join(self._failures([future, *self._calls.of(kind="learn")]))) from None
         except PayloadLostError as error:
             return self._unreadable(call, error)
         except (TopdError, RayError) as error:
             return self._failed(call, error)
-        return self._answered(call, result)
 
-    def _answered(self, call: Call, result: Any) -> list[Event]:
+    def _answered(self, call: Call, answer: Any) -> list[Event]:
         slot = call.slot
         match call.kind:
-            case "pack" if result is not None:
-                return [Packed(metrics=tuple(weight_metrics(result, [])))]
+            case "pack" if answer is not None:
+                return [Packed(metrics=tuple(weight_metrics(answer, [])))]
             case "guide":
-                return [Guided(teacher=slot.index, sources=call.sources, chunk=result)]
+                return [Guided(teacher=slot.index, sources=call.sources, chunk=answer)]
             case "learn":
-                return self._learnt(slot.index, result)
+                return self._learnt(slot.index, answer)
             case "update_weights":
-                bundles = ray.get([one for one in (call.bundle, self._newest) if one is not None])
-                slot.version = check_receipt(slot.index, bundles, result)
-                return [Published(worker=slot.index, version=slot.version, metrics=result.metrics)]
+                self._acknowledge(call, answer)
+                return [Published(worker=slot.index, version=answer.version, metrics=answer.metrics)]
             case "setup":
                 slot.is_ready = True
-                return self._ready(slot, result)
+                return self._ready(slot, answer)
         return []
+
+    def _acknowledge(self, call: Call, receipt: WeightReceipt) -> None:
+        """Raise WeightSyncError unless the receipt is of weights that the worker was sent.
+
+        Weights that newer ones overtake are answered with the receipt of these, before or after they are themselves.
+        """
+        slot = call.slot
+        if receipt != slot.receipt:
+            sent = [
+                call.bundle,
+                *(one.bundle for one in self._calls.of(kind="update_weights").values() if one.slot is slot),
+            ]
+            packed, _ = ray.wait(sent, num_returns=len(sent), timeout=0)
+            check_receipt(slot.index, ray.get(packed), receipt)
+            slot.receipt = receipt
 
     def _ready(self, slot: Slot, result: Any) -> list[Event]:
         if slot.role == "learner":
@@ -270,24 +252,24 @@ class RayFleet:
         slot = call.slot
         if isinstance(error, RayActorError):  # of another worker, where a call waited for that one's answer
             slot = self._crew.slot_of(error.actor_id) or slot
-        is_dead = isinstance(error, RayActorError)
         if slot.role == "learner":
-            if is_dead:
-                raise WorkerLostError(f"{slot} is lost: {_first_line(error)}") from error
+            loss = error if is_loss(error) else self._answers.loss_among(list(self._calls.of(role="learner")))
+            if loss is not None:
+                raise self._answers.lost(loss) from error
             raise error
-        if self._is_starting and not is_dead:
+        if self._is_starting and not is_loss(error):
             raise error
         return [self._lose(slot, error)]
 
     def _lose(self, slot: Slot, reason: Exception | str) -> Lost:
         """Make the worker anew. Raises its role's error if that has happened too often."""
-        self._calls = {future: call for future, call in self._calls.items() if call.slot is not slot}
+        self._calls.drop(slot)
         self._streams = {stream: other for stream, other in self._streams.items() if other is not slot}
         if not slot.budget.spend():
-            raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {_first_line(reason)}")
+            raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {reason_of(reason)}")
         self._crew.make(slot)
         self._set_up(slot)
-        return Lost(role=slot.role, worker=slot.index, reason=_first_line(reason))
+        return Lost(role=slot.role, worker=slot.index, reason=reason_of(reason))
 
     def _late(self) -> list[Event]:
         """Workers that should have been heard of, looked for from time to time."""
@@ -295,33 +277,28 @@ class RayFleet:
         if now < self._looked_at + POLL_SECONDS:
             return []
         self._looked_at = now
-        late = {
-            call.slot: f"{call.kind} took longer than {call.limit} s"
-            for call in self._calls.values()
-            if call.deadline < now
-        }
-        stall = self._config.faults.stall_seconds
+        late = {}
+        for call in self._calls.late(now):
+            late[call.slot] = f"{call.kind} took longer than {call.limit}"
+            if call.slot.role == "learner" or call.kind == "setup":
+                raise WorkerLostError(f"{call.slot} does not answer: {late[call.slot]}")
+        silence = self._calls.silence
         for slot in self._rollouts:
-            if slot.num_writing and slot.heard_at + stall < now:
-                late[slot] = f"it wrote nothing within faults.stall_seconds={stall:g} s"
-        events: list[Event] = []
-        for slot, reason in late.items():
-            if slot.role == "learner" or "setup" in reason:
-                raise WorkerLostError(f"{slot} does not answer: {reason}")
-            events.append(self._lose(slot, reason))
-        return events
+            if slot.num_writing and slot.heard_at + silence.seconds < now:
+                late[slot] = f"it wrote nothing within {silence}"
+        return [self._lose(slot, reason) for slot, reason in late.items()]
 
     def _failures(self, futures: Sequence[ray.ObjectRef]) -> list[str]:
-        """What each rank says of a non-finite loss, once all have saved their share of the batch or time is up."""
+        """What the ranks say of a non-finite loss, once all have saved their share of the batch or time is up."""
         done, late = ray.wait(list(futures), num_returns=len(futures), timeout=SAVE_SECONDS)
         messages = []
         for future in done:
             try:
-                self._result(future)
-            except NonFiniteLossError as error:
-                messages.append(str(error))
-        silent = [f"{self._calls[one].slot} has not answered within {SAVE_SECONDS:g} s" for one in late]
-        return messages + silent
+                self._answers.get(future)
+            except (TopdError, RayError) as error:
+                messages.append(str(error) if isinstance(error, NonFiniteLossError) else reason_of(error))
+        ranks = self._calls.of(kind="learn")
+        return messages + [f"{ranks[one].slot} has not answered within {SAVE_SECONDS:g} s" for one in late]
 
     # What is done when it returns
 
@@ -334,24 +311,32 @@ class RayFleet:
         return int(ray.get(self._newest).version)
 
     def _all_serve_newest(self) -> bool:
-        waits = any(call.kind == "update_weights" for call in self._calls.values())
-        return not waits and all(slot.version is not None for slot in self._rollouts)
+        return not self._calls.of(kind="update_weights") and all(slot.version is not None for slot in self._rollouts)
 
     def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
-        slots = [slot for slot in (self._rollouts if model == "student" else self._teachers) if slot.is_ready]
+        """By workers that are there; one that is being made anew still has the weights it was loaded with."""
+        if model == "student":
+            slots = [slot for slot in self._rollouts if slot.version is not None]
+        else:
+            slots = [slot for slot in self._teachers if slot.is_ready]
+        if not slots:
+            raise WorkerLostError(f"no worker is there to evaluate the {model}")
         shares = split_evenly(prompts, len(slots))
-        return self._stream([slot.actor.evaluate for slot, _ in zip(slots, shares, strict=False)], shares, seed=seed)
+        methods = [slot.actor.evaluate for slot, _ in zip(slots, shares, strict=False)]
+        return self._answers.stream(methods, shares, self._calls.silence, seed=seed)
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
-        return list(self._fetch([self._rollouts[0].actor.own_teacher.remote(requests, self._config.teacher.top_k)])[0])
+        future = self._rollouts[0].actor.own_teacher.remote(requests, self._config.teacher.top_k)
+        return list(self._answers.fetch([future], self._calls.silence)[0])
 
     def preflight(self, items: list[GuidedItem]) -> LearnerCheck:
         check: LearnerCheck = self._on_all_ranks("preflight", items)[0]
         return check
 
     def verify_teacher(self, requests: Sequence[RolloutRequest]) -> float | None:
-        chunks = list(self._stream([self._rollouts[0].actor.generate], [requests], whole=True))
-        differences = self._fetch([slot.actor.verify.remote(chunks) for slot in self._teachers])
+        limit = self._calls.silence
+        chunks = list(self._answers.stream([self._rollouts[0].actor.generate], [requests], limit, whole=True))
+        differences = self._answers.fetch([slot.actor.verify.remote(chunks) for slot in self._teachers], limit)
         return max((one for one in differences if one is not None), default=None)
 
     def save_learner(self, folder: Path) -> None:
@@ -368,50 +353,5 @@ class RayFleet:
         ray.shutdown()
 
     def _on_all_ranks(self, method: str, *args: Any) -> list[Any]:
-        return self._fetch([getattr(slot.actor, method).remote(*args) for slot in self._learners])
-
-    def _stream(self, methods: Sequence[Any], shares: Sequence[Any], **args: Any) -> Iterator[Any]:
-        """What several workers yield, as it comes."""
-        streams = [
-            method.options(num_returns="streaming").remote(share, **args)
-            for method, share in zip(methods, shares, strict=True)
-        ]
-        while streams:
-            self._check_interrupt()
-            for stream in ray.wait(streams, num_returns=1, timeout=POLL_SECONDS)[0]:
-                try:
-                    yield self._insist(next(stream))
-                except StopIteration:
-                    streams.remove(stream)
-
-    def _fetch(self, futures: Sequence[ray.ObjectRef]) -> list[Any]:
-        """Results of actor calls, in the order of `futures`; the first error ends the wait."""
-        pending = list(futures)
-        while pending:
-            ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-            for one in ready:
-                self._insist(one, count=False)
-        return [self._insist(one) for one in futures]
-
-    def _insist(self, future: ray.ObjectRef, *, count: bool = True) -> Any:
-        """A result that the run cannot go on without. Raises WorkerLostError if its worker is gone."""
-        try:
-            return self._result(future, count=count)
-        except RayActorError as error:
-            raise WorkerLostError(f"{self._crew.slot_of(error.actor_id)} is lost: {_first_line(error)}") from error
-
-    def _result(self, future: ray.ObjectRef, *, count: bool = True) -> Any:
-        try:
-            result = ray.get(future)
-        except RayTaskError as error:
-            if isinstance(error.cause, TopdError):
-                raise error.cause from None
-            raise
-        if count:
-            self.traffic.count(result)
-        return result
-
-
-def _first_line(reason: Exception | str) -> str:
-    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
-    return lines[0] if lines else type(reason).__name__
+        futures = [getattr(slot.actor, method).remote(*args) for slot in self._learners]
+        return self._answers.fetch(futures, self._calls.silence)

@@ -119,7 +119,7 @@ class LearnerWorker:
         except NonFiniteLossError as error:
             try:
                 saved = f"is in {self._save_share(items)}"
-            except OSError as reason:
+            except (OSError, PayloadLostError) as reason:
                 saved = f"could not be saved: {reason}"
             raise NonFiniteLossError(f"{error}; this rank's share of the batch {saved}") from error
         return UpdateReport(policy_version=self._engine.policy_version, metrics=metrics)

@@ -46,6 +46,10 @@ class Fleet(FlowFleet, Protocol):
     learner_attention: str
     """Name of the attention implementation that the learner has chosen."""
 
+    def start(self) -> None:
+        """Have all workers ready; `shutdown` cleans up whatever this leaves when it raises."""
+        ...
+
     def publish_weights(self) -> int:
         """Publish; return the version that all rollout workers acknowledged."""
         ...

@@ -31,7 +31,6 @@ class InlineFleet:
     ) -> None:
         store = LocalStore()
         self._config = config
-        self._check_interrupt = check_interrupt
         self.traffic = Traffic()
         self._rollouts: deque[Iterator[Event]] = deque()
         self._orders: deque[Iterator[Event]] = deque()
@@ -40,9 +39,7 @@ class InlineFleet:
         self._rollout = RolloutWorker(**rollout_part(config), store=store)
         self._teacher = TeacherWorker(**teacher_part(config), store=store)
         self._learner = LearnerWorker(**learner_part(config, rank=0, total_updates=total_updates), store=store)
-        self._rollout.setup()
-        self._teacher.setup()
-        self.learner_attention = self._learner.setup(init_method=None)
+        self._loaded: list[RolloutWorker | TeacherWorker | LearnerWorker] = []
 
     @staticmethod
     def check(config: TopdConfig) -> None:
@@ -50,6 +47,13 @@ class InlineFleet:
         num_ranks = config.learner.num_ranks
         if num_ranks != 1:
             raise ConfigError(f"--inline runs one learner rank, learner.num_ranks is {num_ranks}: set it to 1")
+
+    def start(self) -> None:
+        for worker in (self._rollout, self._teacher):
+            worker.setup()
+            self._loaded.append(worker)
+        self.learner_attention = self._learner.setup(init_method=None)
+        self._loaded.append(self._learner)
 
     def write(self, worker: int, requests: Sequence[RolloutRequest]) -> None:
         self._rollouts.append(self._write(worker, requests))
@@ -83,7 +87,6 @@ class InlineFleet:
 
     def _write(self, worker: int, requests: Sequence[RolloutRequest]) -> Iterator[Event]:
         for chunk in self._rollout.generate(requests, whole=self._config.run.deterministic):
-            self._check_interrupt()
             yield Written(worker=worker, chunk=chunk)
 
     def _guide(self, teacher: int, chunks: tuple[RolloutChunk, ...], threshold: float) -> Iterator[Event]:
@@ -122,9 +125,8 @@ class InlineFleet:
         self._learner.export(folder)
 
     def shutdown(self) -> None:
-        """The learner first: the last vLLM engine to leave takes the process group with it."""
+        """The learner, which came last, first: the last vLLM engine to leave takes the process group with it."""
         self._orders.clear()
         self._rollouts.clear()
-        self._learner.shutdown()
-        self._rollout.shutdown()
-        self._teacher.shutdown()
+        for worker in reversed(self._loaded):
+            worker.shutdown()

@@ -34,7 +34,7 @@ from topd_ray.types import Metric, RolloutRequest
 
 
 class FleetClass(Protocol):
-    """Builds a fleet; `check` tells beforehand, and cheaply, whether it can."""
+    """Makes a fleet that is still to be started; `check` tells beforehand, and cheaply, whether it can be."""
 
     def __call__(self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None]) -> Fleet: ...
 
@@ -71,19 +71,36 @@ def _run_session(
         say("starting the workers")
         fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
         stack.callback(fleet.shutdown)
+        stack.enter_context(_post_mortem(plan.config, restarts, say))
+        fleet.start()
         try:
             return Session(plan, fleet, books, interrupt, say, restarts).train()
-        except Exception as error:
-            if not (isinstance(error, WorkerLostError) and restarts.has_room):
-                write_post_mortem(plan.config, error, say)
-            if isinstance(error, (ConfigError, DataError)):  # not the user's input any more
-                raise TopdError(f"{type(error).__name__} while running: {error}") from error
-            raise
+        except (ConfigError, DataError) as error:  # not the user's input any more
+            raise TopdError(f"{type(error).__name__} while running: {error}") from error
+
+
+@contextmanager
+def _post_mortem(config: TopdConfig, restarts: RestartBudget, say: Say) -> Iterator[None]:
+    """Write one, while the workers' Ray still runs, for an error that ends the run and is not the user's input."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, WorkerLostError) and restarts.has_room):
+            write_post_mortem(config, error, say)
+        raise
 
 
 def again(config: TopdConfig) -> TopdConfig:
-    """The config of a run that goes on from its own last checkpoint, if it has one."""
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    """The config of a run that goes on from its own last checkpoint, if it has one, once lost nodes are back."""
+    wait_seconds = max(config.resources.wait_seconds, config.faults.replace_seconds)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"resume": "auto"}),
+            "resources": config.resources.model_copy(update={"wait_seconds": wait_seconds}),
+        }
+    )
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""Whole runs under a real Ray whose workers, without engines, fail as they are told: sessions, one after the other."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.stand_ins import Orders
+from topd_ray.actors.fleet import RayFleet
+from topd_ray.config.load import load_config
+from topd_ray.errors import RunInterrupted, TeacherError, TopdError, WorkerLostError
+from topd_ray.pipeline.checkpoint import RunState
+from topd_ray.pipeline.ledger import read_ledger
+from topd_ray.pipeline.plan import plan_run
+from topd_ray.pipeline.run import run
+
+ROOT = Path(__file__).parents[2]
+NUM_PROMPTS = 40
+
+
+@pytest.fixture
+def go(address: str, orders: Orders, tmp_path: Path) -> Callable[..., tuple[RunState, list[str]]]:
+    """Runs, or goes on with, a run in `tmp_path / "run"`; returns its end and what it said."""
+    ray.shutdown()
+
+    def go(*overrides: str) -> tuple[RunState, list[str]]:
+        said: list[str] = []
+        fixed = (
+            *(f"run.root={tmp_path}", "run.name=run", "run.steps=null", "run.epochs=1", "run.checkpoint_every=2"),
+            *("rollout.prompts_per_step=4", f"data.arithmetic.num_train={NUM_PROMPTS}", "data.heldout=null"),
+            *("resources.threads_per_learner=1", f"resources.ray_address={address}", "metrics.tensorboard=false"),
+        )
+        config = load_config(ROOT / "jobs" / "demo.yaml", (*fixed, *overrides))
+        return run(plan_run(config, said.append), RayFleet, said.append), said
+
+    return go
+
+
+def assert_each_trained_once(folder: Path) -> None:
+    report = read_ledger(folder / "ledger.jsonl")
+    assert (report.trained_once, report.lost, report.doubled) == (NUM_PROMPTS, 0, 0)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == NUM_PROMPTS // 4
+    assert (folder / "export" / "student").read_text() == str(NUM_PROMPTS // 4)
+
+
+def restarts(said: list[str]) -> list[str]:
+    return [line for line in said if "all workers start again" in line]
+
+
+Go = Callable[..., tuple[RunState, list[str]]]
+
+
+@pytest.mark.parametrize("order", ["once die", "once stop"])
+def test_the_learner_is_lost_before_the_first_checkpoint(go: Go, orders: Orders, tmp_path: Path, order: str) -> None:
+    orders("learner0-learn", order)
+    _, said = go("faults.stall_seconds=4", "pipeline.max_staleness=1")
+    reason = "is lost: The actor died" if order == "once die" else "does not answer: learn took longer than faults.st"
+    (line,) = restarts(said)
+    assert line.startswith(f"learner rank 0 {reason}") and line.endswith("from the last checkpoint")
+    assert_each_trained_once(tmp_path / "run")
+
+
+def test_the_learner_is_lost_after_a_checkpoint_and_while_one_is_written(
+    go: Go, orders: Orders, tmp_path: Path
+) -> None:
+    orders("learner0-pack_weights-3", "once die")
+    orders("learner0-save", "once die")
+    _, said = go("pipeline.max_staleness=1")
+    assert len(restarts(said)) == 2
+    assert_each_trained_once(tmp_path / "run")
+
+
+def test_the_last_restart_has_a_post_mortem_and_one_clear_line(go: Go, orders: Orders, tmp_path: Path) -> None:
+    orders("learner0-learn", "die")
+    with pytest.raises(WorkerLostError) as error:
+        go("faults.max_restarts=1")
+    assert str(error.value).startswith(
+        "the run had to begin again more than faults.max_restarts=1 times within faults.window_seconds=600, the last "
+        "time: learner rank 0 is lost: The actor died unexpectedly"
+    )
+    (bundle,) = (tmp_path / "run" / "post-mortem").iterdir()
+    assert "learner rank 0 is lost" in (bundle / "error.txt").read_text()
+    assert not ray.is_initialized()
+
+
+def test_a_worker_that_cannot_start_has_a_post_mortem_with_logs(go: Go, orders: Orders, tmp_path: Path) -> None:
+    orders("teacher-setup", "die")
+    with pytest.raises(TeacherError, match=r"^teacher worker 0 has failed more than faults\.max_restarts=0 times"):
+        go("faults.max_restarts=0")
+    (bundle,) = (tmp_path / "run" / "post-mortem").iterdir()
+    assert json.loads((bundle / "about.json").read_text())["left_out"] == []
+    assert not ray.is_initialized()
+
+
+def test_a_rollout_worker_is_lost_during_an_evaluation(go: Go, orders: Orders, tmp_path: Path) -> None:
+    orders("rollout-evaluate", "once die")
+    every = ("data.heldout=arithmetic", "data.arithmetic.num_heldout=4", "evaluation.every=5")
+    state, said = go(*every)
+    assert len(restarts(said)) == 1 and set(state.accuracy) == {"teacher", "before", "after"}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if "evaluation/student/pass_at_1" in line]
+    assert evaluated == [0, 5, 10]
+    assert_each_trained_once(tmp_path / "run")
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_an_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(
+    go: Go, orders: Orders, tmp_path: Path, staleness: int
+) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        while not (metrics.exists() and metrics.read_text().count("loss/total") >= 3):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    overrides = ("run.checkpoint_every=0", f"pipeline.max_staleness={staleness}")
+    orders("learner0-learn", "pause")
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM"):
+        go(*overrides)
+    thread.join()
+    stopped_at = int((tmp_path / "run" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert 3 <= stopped_at < NUM_PROMPTS // 4
+    _, said = go(*overrides)
+    assert any(line == f"resumed at update {stopped_at} of 10" for line in said)
+    assert_each_trained_once(tmp_path / "run")
+
+
+def test_a_cluster_of_its_own_starts_again_in_the_same_driver(
+    go: Go, orders: Orders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    orders("learner0-learn", "once die")
+    _, said = go("resources.ray_address=null", "resources.object_store_bytes=80000000")
+    assert len(restarts(said)) == 1
+    assert_each_trained_once(tmp_path / "run")
+
+
+def test_errors_of_the_config_while_workers_start_stay_what_they_are(go: Go, orders: Orders, tmp_path: Path) -> None:
+    orders("rollout-setup", "raise ConfigError: no such model")
+    with pytest.raises(TopdError, match=r"^no such model$") as error:
+        go()
+    assert type(error.value).__name__ == "ConfigError" and not (tmp_path / "run" / "post-mortem").exists()

@@ -1,0 +1,65 @@
+"""Runs in one process, with workers that have no engines."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.stand_ins import Orders, workers
+from topd_ray.config.load import load_config
+from topd_ray.errors import RolloutError, RunInterrupted
+from topd_ray.pipeline import inline
+from topd_ray.pipeline.ledger import read_ledger
+from topd_ray.pipeline.plan import plan_run
+from topd_ray.pipeline.run import run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
+    folder = tmp_path / "orders"
+    folder.mkdir()
+    kinds = workers(folder)
+    for role, name in (("rollout", "RolloutWorker"), ("teacher", "TeacherWorker"), ("learner", "LearnerWorker")):
+        monkeypatch.setattr(inline, name, kinds[role])
+    return Orders(folder)
+
+
+def go(root: Path, *overrides: str) -> list[str]:
+    said: list[str] = []
+    fixed = (
+        *(f"run.root={root}", "run.name=run", "run.steps=null", "run.epochs=1", "run.checkpoint_every=0"),
+        *("rollout.prompts_per_step=4", "data.arithmetic.num_train=40", "data.heldout=null"),
+        *("rollout.num_workers=2", "teacher.num_workers=2", "metrics.tensorboard=false"),
+    )
+    plan = plan_run(load_config(ROOT / "jobs" / "demo.yaml", (*fixed, *overrides)), said.append)
+    run(plan, inline.InlineFleet, said.append)
+    return said
+
+
+@pytest.mark.parametrize(
+    "overrides", [("run.deterministic=true",), ("pipeline.max_staleness=0",), ("pipeline.max_staleness=3",)]
+)
+def test_an_interrupted_run_goes_on(orders: Orders, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    """The signal comes while the learner learns: that update still counts, and is in the checkpoint."""
+    orders("learner0-learn-5", "once interrupt")
+    with pytest.raises(RunInterrupted):
+        go(tmp_path, *overrides)
+    folder = tmp_path / "run"
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    (state,) = checkpoint.rglob("rank-0")
+    assert checkpoint.name == "step-000006" and state.read_text() == "6"
+    assert "resumed at update 6 of 10" in go(tmp_path, *overrides)
+    report = read_ledger(folder / "ledger.jsonl")
+    assert (report.trained_once, report.lost, report.doubled) == (40, 0, 0)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 10
+
+
+def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:
+    orders("teacher-setup", "raise RolloutError: no such model")
+    with pytest.raises(RolloutError, match=r"^no such model$"):
+        go(tmp_path)
+    assert (tmp_path / "orders" / "rollout-ended").exists() and not (tmp_path / "orders" / "teacher-ended").exists()
+    (bundle,) = (tmp_path / "run" / "post-mortem").iterdir()
+    assert "no such model" in (bundle / "error.txt").read_text()
