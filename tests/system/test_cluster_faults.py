@@ -107,8 +107,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "topd_ray", "run", "jobs/demo.yaml", *SETTINGS, f"run.root={root}", "run.name=a"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "topd_ray", "run", "jobs/demo.yaml", "--inline", *SETTINGS]
+    done = subprocess.run(
+        [*command, f"run.root={root}", "run.name=a"], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return weights(root / "a")
 
