@@ -249,7 +249,10 @@ class Session:
         return accuracy
 
     def _export(self) -> None:
-        """Replace `export/` only once the new one is whole. Raises CheckpointError if it cannot be written."""
+        """Replace `export/` only once the new one is whole.
+
+        Raises CheckpointError if it cannot be written, WorkerLostError if a learner rank is lost meanwhile.
+        """
         target = self._folder / "export"
         unfinished = target.with_name(".export.tmp")
         try:
@@ -257,6 +260,9 @@ class Session:
             self._fleet.export(unfinished)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
+        except WorkerLostError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         except Exception as error:  # each writer has errors of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(f"{target} could not be written: {error}; the checkpoint is safe") from error
