@@ -41,7 +41,7 @@ POISON = """
 import importlib.abc, importlib.machinery, os, sys
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    "Let a rollout engine end its process as soon as it is given the prompt that TOPD_TEST_POISON names."
+    "Let a rollout engine end its process as soon as it is given the prompt whose id begins as TOPD_TEST_POISON says."
 
     def find_spec(self, name, path, target=None):
         if name != "topd_ray.engines.rollout":
@@ -54,7 +54,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
             add = module.RolloutEngine.add
 
             def add_or_die(self, requests):
-                if any(request.prompt.prompt_id == os.environ["TOPD_TEST_POISON"] for request in requests):
+                requests = list(requests)
+                if any(one.prompt.prompt_id.startswith(os.environ["TOPD_TEST_POISON"]) for one in requests):
                     os._exit(1)
                 add(self, requests)
 
@@ -73,14 +74,14 @@ def test_an_input_that_kills_workers_is_put_into_quarantine(tmp_path: Path, mode
     rows = [{"id": f"p{index}", "prompt": f"{index} + 1"} for index in range(32)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    environment["TOPD_TEST_POISON"] = "p5"
+    environment["TOPD_TEST_POISON"] = "p5-"  # a digest of the text follows
     overrides = (f"data.train={tmp_path / 'prompts.jsonl'}", "faults.max_attempts=3", "faults.max_restarts=20", *mode)
     done = subprocess.run(
         command(tmp_path, "run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["prompt_id"] == "p5"
+    assert json.loads(line)["prompt_id"].startswith("p5-")
     report = read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert (report.trained_once, report.quarantined, report.lost, report.doubled) == (31, 1, 0, 0)
 
