@@ -11,6 +11,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from tqdm import tqdm
 
+from topd_ray.actors.absence import Absence
 from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray
 from topd_ray.actors.crew import Crew, Slot
 from topd_ray.actors.events import (
@@ -66,14 +67,20 @@ class RayFleet:
     """Starts Ray (or joins a cluster), reserves room, builds the workers, and passes handles between them.
 
     A rollout or teacher worker that is lost is made anew, within `faults.max_restarts`. `check_interrupt` is called
-    while the driver waits for what may be broken off; what it raises goes to the caller.
+    while the driver waits for what may be broken off; what it raises goes to the caller. `say` hears of workers that
+    stay away.
     """
 
     def __init__(
-        self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None] = lambda: None
+        self,
+        config: TopdConfig,
+        total_updates: int,
+        check_interrupt: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._config = config
         self._check_interrupt = check_interrupt
+        self._say = say
         self.traffic = Traffic()
         self._calls: dict[ray.ObjectRef, Call] = {}
         self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
@@ -104,9 +111,11 @@ class RayFleet:
             cluster_nodes(),
             wait_seconds=config.resources.wait_seconds,
             check_interrupt=self._check_interrupt,
+            say=self._say,
         )
         check_nodes(config, wanted, group)
         self._crew = Crew(config, wanted, group, total_updates)
+        self._absence = Absence(group, self._say)
         self._rollouts = self._crew.of("rollout")
         self._teachers = self._crew.of("teacher")
         self._learners = self._crew.of("learner")
@@ -232,6 +241,7 @@ class RayFleet:
                 return [Published(worker=slot.index, version=slot.version)]
             case "setup":
                 slot.is_ready = True
+                self._absence.end(slot)
                 return self._ready(slot, result)
         return []
 
@@ -281,6 +291,7 @@ class RayFleet:
         self._streams = {stream: other for stream, other in self._streams.items() if other is not slot}
         if not slot.budget.spend():
             raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {_first_line(reason)}")
+        self._absence.begin(slot)
         self._crew.make(slot)
         self._set_up(slot)
         return Lost(role=slot.role, worker=slot.index, reason=_first_line(reason))
@@ -291,6 +302,7 @@ class RayFleet:
         if now < self._looked_at + POLL_SECONDS:
             return []
         self._looked_at = now
+        self._absence.look()
         late = {
             call.slot: f"{call.kind} took longer than {call.limit} s"
             for call in self._calls.values()
@@ -302,6 +314,8 @@ class RayFleet:
                 late[slot] = f"it wrote nothing within faults.stall_seconds={stall:g} s"
         events: list[Event] = []
         for slot, reason in late.items():
+            if "setup" in reason and slot.role != "learner" and not self._is_starting:
+                raise FAILED[slot.role](f"{slot} is not back: {reason}; {self._absence.waits_for(slot)}")
             if slot.role == "learner" or "setup" in reason:
                 raise WorkerLostError(f"{slot} does not answer: {reason}")
             events.append(self._lose(slot, reason))
