@@ -17,7 +17,16 @@ from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
 from topd_ray.engines.attention import EAGER
-from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError, WorkerLostError
+from topd_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RolloutError,
+    RunInterrupted,
+    TeacherError,
+    TopdError,
+    WorkerLostError,
+)
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 from topd_ray.metrics.records import reduce
 from topd_ray.metrics.timing import Stopwatch
@@ -36,7 +45,9 @@ from topd_ray.types import Metric, RolloutRequest
 class FleetClass(Protocol):
     """Builds a fleet; `check` tells beforehand, and cheaply, whether it can."""
 
-    def __call__(self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None]) -> Fleet: ...
+    def __call__(
+        self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None], say: Say
+    ) -> Fleet: ...
 
     def check(self, config: TopdConfig) -> None: ...
 
@@ -52,10 +63,16 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
     restarts = RestartBudget(plan.config.faults)
     with _only_process_in(folder), Interrupt() as interrupt:
         write_whole(folder / "config.yaml", dump_config(plan.config))
+        lost: WorkerLostError | None = None
         while True:
             try:
                 return _run_session(plan, fleet_class, interrupt, say, restarts)
+            except ConfigError as error:
+                if lost is None:
+                    raise
+                raise WorkerLostError(f"{lost}, and the workers could not start again: {error}") from error
             except WorkerLostError as error:
+                lost = error
                 if not restarts.spend():
                     raise WorkerLostError(f"the run had to begin again {restarts}, the last time: {error}") from error
                 say(f"{error}; all workers start again, from the last checkpoint")
@@ -69,21 +86,34 @@ def _run_session(
         books = Books.open(plan)
         stack.callback(books.close)
         say("starting the workers")
-        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
+        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check, say)
         stack.callback(fleet.shutdown)
         try:
             return Session(plan, fleet, books, interrupt, say).train()
         except Exception as error:
             if not (isinstance(error, WorkerLostError) and restarts.has_room):
                 write_post_mortem(plan.config, error, say)
+                if not isinstance(error, RunInterrupted):  # which has said so itself
+                    _say_last_checkpoint(plan.config, say)
             if isinstance(error, (ConfigError, DataError)):  # not the user's input any more
                 raise TopdError(f"{type(error).__name__} while running: {error}") from error
             raise
 
 
+def _say_last_checkpoint(config: TopdConfig, say: Say) -> None:
+    latest = Checkpoints(config.run.folder / "checkpoints", config.run.keep_checkpoints).latest()
+    say(f"the last checkpoint is {latest}; the same command goes on from it" if latest else "there is no checkpoint")
+
+
 def again(config: TopdConfig) -> TopdConfig:
-    """The config of a run that goes on from its own last checkpoint, if it has one."""
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    """The config of a run that goes on from its own last checkpoint, if it has one, and waits for its nodes."""
+    wait_seconds = max(config.resources.wait_seconds, config.faults.replace_seconds)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"resume": "auto"}),
+            "resources": config.resources.model_copy(update={"wait_seconds": wait_seconds}),
+        }
+    )
 
 
 @contextmanager
@@ -122,7 +152,12 @@ class Session:
             self._begin()
             self._evaluate_once("teacher", evaluation.teacher)
             self._evaluate_once("before", evaluation.before and self._state.step == 0)
-            self._train_steps()
+            try:
+                self._train_steps()
+            except (RolloutError, TeacherError):
+                if self._flow.is_settled:  # the learner is well, and has what is counted
+                    self._save()
+                raise
             self._save()
             self._flow.drain()
             self._evaluate_once("after", evaluation.after)
