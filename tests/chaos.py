@@ -154,7 +154,7 @@ class Victim:
         titles = self.titles()
         phases = {PHASE_OF[title] for title in titles.values() if title in PHASE_OF}
         self._has_learnt |= "learning" in phases
-        if len(titles) < len(ROLES):
+        if len(titles) < len(ROLES) or any(title.endswith("__init__") for title in titles.values()):
             return "loading"
         if any((self.folder / "checkpoints").glob(".step-*")):  # also while the driver reads, syncs and renames
             return "saving"
