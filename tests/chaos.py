@@ -48,12 +48,16 @@ SETTINGS = (
 MODES = {"deterministic": ("run.deterministic=true",), "asynchronous": ("pipeline.max_staleness=2",)}
 
 ROLES = {"ray::RolloutWorker": "rollout", "ray::TeacherWorker": "teacher", "ray::LearnerWorker": "learner"}
+WORKERS = tuple(ROLES.values())
 BLOWS = (
-    *[("rollout",), ("teacher",), ("rollout", "teacher"), ("rollout", "teacher")],
-    *[("learner",), ("learner", "rollout", "teacher"), ("learner", "rollout", "teacher")],
+    *[(role,) for role in WORKERS],
+    *3 * [("rollout", "teacher")],
+    *3 * [WORKERS],
     ("driver",),
+    ("driver", *WORKERS),
 )
 """Who falls at once. Without the learner a run goes on; with it, or the driver, it begins again from a checkpoint."""
+Plan = Iterator[tuple[str, tuple[str, ...]]]
 ACTIVE = ("writing", "guiding", "learning", "publishing", "saving")
 RESTARTING = ("loading", "loading", "resuming")
 PHASE_OF = {
@@ -167,18 +171,17 @@ class Victim:
         They are stopped first: a stopped process cannot end by itself, so it was the kill that ended it.
         """
         titles = self.titles()
-        if "driver" in roles:
-            self.process.kill()
-            if self.process.wait() != -signal.SIGKILL:
-                return []
-            return ["driver"]
         victims = {role: self._workers.pop(role) for role in roles if role in titles}
         self._has_learnt &= "learner" not in victims
         stopped = {role: worker for role, worker in victims.items() if _stop(worker)}
         for worker in stopped.values():
             worker.kill()
+        if "driver" in roles:
+            self.process.kill()
         _, alive = psutil.wait_procs(list(stopped.values()), timeout=10)
         assert not alive, f"{alive} survived SIGKILL"
+        if "driver" in roles and self.process.wait() == -signal.SIGKILL:
+            return [*stopped, "driver"]
         return list(stopped)
 
     def close(self) -> None:
@@ -209,7 +212,7 @@ def _stop(process: psutil.Process) -> bool:
         return False
 
 
-def blows(rng: random.Random) -> Iterator[tuple[str, tuple[str, ...]]]:
+def blows(rng: random.Random) -> Plan:
     """What to wait for and whom to kill then: every other blow falls into a restart, the rest into each phase alike."""
     active: list[str] = []
     while True:
@@ -218,10 +221,9 @@ def blows(rng: random.Random) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield rng.choice(RESTARTING), rng.choice(BLOWS)
 
 
-def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, rng: random.Random) -> int:
+def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, plan: Plan, rng: random.Random) -> int:
     """Run to the end under up to `kills` kills; returns how many there were."""
     victim = Victim(root, name, overrides)
-    plan = blows(rng)
     wanted, roles = next(plan)
     done, waits_since, wait = 0, None, rng.uniform(0, ACTIVE_SECONDS)
     heard_at = time.monotonic()
@@ -234,15 +236,17 @@ def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, rng: 
             if waits_since is None and (wanted in RESTARTING or phase in ACTIVE):
                 waits_since = now
             missed = wanted in RESTARTING and phase in ACTIVE  # there was no restart, or it was quicker
-            if waits_since is not None and now > waits_since + wait and (phase == wanted or missed):
+            is_due = waits_since is not None and now > waits_since + wait
+            if is_due and (phase == wanted or missed):
                 titles, step = victim.titles(), victim.step
-                if killed := victim.kill(roles[: kills - done]):
+                all_there = set(roles) - {"driver"} <= set(titles)
+                if all_there and (killed := victim.kill(roles[: kills - done])):
                     done += len(killed)
                     _note(root, name, phase, step, killed, titles)
                     wanted, roles = next(plan)
                     limit = {"loading": LOADING_SECONDS, "resuming": 0.0}.get(wanted, ACTIVE_SECONDS)
                     wait, waits_since, heard_at = rng.uniform(0, limit), None, time.monotonic()
-            time.sleep(0.001)
+            time.sleep(0.001 if is_due else 0.01)
     finally:
         victim.close()
     return done
@@ -259,17 +263,22 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in load_file(folder / "export" / "model.safetensors").items()}
 
 
-def chaos(root: Path, mode: str, kills: int, seed: int) -> list[Outcome]:
-    """Runs of `mode` until `kills` kills are spent."""
+def chaos(root: Path, kills: int, seed: int) -> list[Outcome]:
+    """Runs until `kills` kills are spent, half of them in each mode."""
     rng = random.Random(seed)
+    plan = blows(rng)
+    half = kills // 2
+    torment(root, "left-alone", (*MODES["deterministic"], "--inline"), 0, plan, rng)
+    return [*_chaos(root, "deterministic", kills - half, plan, rng), *_chaos(root, "asynchronous", half, plan, rng)]
+
+
+def _chaos(root: Path, mode: str, kills: int, plan: Plan, rng: random.Random) -> list[Outcome]:
     outcomes: list[Outcome] = []
     spent = 0
-    if mode == "deterministic":
-        torment(root, "left-alone", (*MODES[mode], "--inline"), 0, rng)
     while spent < kills:
         started = time.monotonic()
         name = f"{mode}-{len(outcomes)}"
-        number = torment(root, name, MODES[mode], kills - spent, rng)
+        number = torment(root, name, MODES[mode], kills - spent, plan, rng)
         spent += number
         report = read_ledger(root / name / "ledger.jsonl")
         assert not report.faults, report.faults
@@ -315,9 +324,7 @@ def main() -> int:
     root = args.folder.absolute()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    half = args.kills // 2
-    outcomes = chaos(root, "deterministic", args.kills - half, args.seed)
-    outcomes += chaos(root, "asynchronous", half, args.seed + 1)
+    outcomes = chaos(root, args.kills, args.seed)
     found = summary(root, outcomes)
     (root / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "runs"}))
