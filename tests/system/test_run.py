@@ -148,14 +148,17 @@ def test_a_signal_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command
     assert weights(root / name) == weights(deterministic)
 
 
-def test_a_worker_that_dies_ends_the_run_with_an_error_and_leaves_nothing_behind(root: Path) -> None:
-    process = start(root, "died", "run.steps=500", until="loss/total")
+def test_a_worker_that_dies_too_often_ends_the_run_with_a_checkpoint_and_leaves_nothing_behind(root: Path) -> None:
+    process = start(
+        root, "died", "run.steps=500", "run.checkpoint_every=0", "faults.max_restarts=0", until="loss/total"
+    )
     family = family_of(process)
     (teacher,) = [one for one in family if "ray::TeacherWorker" in " ".join(one.cmdline())]
     teacher.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
-    assert "error: TeacherError: a teacher worker died" in output and "Traceback" not in output
+    assert "error: TeacherError: teacher worker 0 has failed more than faults.max_restarts=0 times" in output
+    assert "the last checkpoint is step-" in output and "Traceback" not in output
     assert_gone(family)
 
 
