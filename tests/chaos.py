@@ -1,18 +1,24 @@
 """Kill workers and drivers of runs at random moments, and look what is left: `python -m tests.chaos KILLS [FOLDER]`.
 
 Half of the kills hit a deterministic run, whose student has to be bitwise that of the same run left alone; the other
-half an asynchronous one. Both have to train on every trajectory exactly once, by the ledger. The victims are chosen at
-random among the driver, rollout workers, teacher workers and learner ranks; a driver that is gone is started again with
-the same command. Writes FOLDER/summary.json (default: runs/chaos) and ends with 1 if anything was lost.
+half an asynchronous one. Both have to train on every trajectory exactly once, by the ledger. A blow kills the driver,
+or some of the workers at once, as a failing node does; what it waits for is chosen at random, so that blows fall into
+all of what a run does, restarts included. A driver that is gone is started again with the same command.
+
+Writes FOLDER/kills.jsonl, a line for every blow, and FOLDER/summary.json (default: runs/chaos); ends with 1 if anything
+was lost.
 """
 
 import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +28,7 @@ from safetensors.numpy import load_file
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]
-NUM_PROMPTS = 192
+NUM_PROMPTS = 320
 PROMPTS_PER_STEP = 8
 SETTINGS = (
     "run.epochs=1",
@@ -40,10 +46,39 @@ SETTINGS = (
     "faults.max_attempts=1000",
 )
 MODES = {"deterministic": ("run.deterministic=true",), "asynchronous": ("pipeline.max_staleness=2",)}
-VICTIMS = ("driver", "ray::RolloutWorker", "ray::TeacherWorker", "ray::LearnerWorker")
-PAUSE_SECONDS = 6.0
-"""Mean time between two kills; shorter than a restart every now and then."""
-STUCK_SECONDS = 240.0
+
+ROLES = {"ray::RolloutWorker": "rollout", "ray::TeacherWorker": "teacher", "ray::LearnerWorker": "learner"}
+WORKERS = tuple(ROLES.values())
+BLOWS = (
+    *[(role,) for role in WORKERS],
+    *3 * [("rollout", "teacher")],
+    *3 * [WORKERS],
+    ("driver",),
+    ("driver", *WORKERS),
+)
+"""Who falls at once. Without the learner a run goes on; with it, or the driver, it begins again from a checkpoint."""
+Plan = Iterator[tuple[str, tuple[str, ...]]]
+ACTIVE = ("writing", "guiding", "learning", "publishing", "saving")
+RESTARTING = ("loading", "loading", "resuming")
+PHASE_OF = {
+    "RolloutWorker.setup": "loading",
+    "TeacherWorker.setup": "loading",
+    "LearnerWorker.setup": "loading",
+    "LearnerWorker.load": "resuming",
+    "LearnerWorker.preflight": "pre-flight",
+    "LearnerWorker.export": "exporting",
+    "LearnerWorker.save": "saving",
+    "LearnerWorker.learn": "learning",
+    "LearnerWorker.pack_weights": "publishing",
+    "RolloutWorker.update_weights": "publishing",
+    "TeacherWorker.look_ahead": "guiding",
+}
+"""What a run does while a worker is in a method, whose name Ray makes its process's title."""
+ACTIVE_SECONDS = 1.0
+"""Blows at a running run come up to this long after it is back (five updates or so), and then wait for their phase."""
+LOADING_SECONDS = 8.0
+"""Blows at a restart come up to this long after the blow before; a restart takes about 20 s on two cores."""
+STUCK_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +108,15 @@ class Victim:
             *(f"run.root={root}", f"run.name={name}", *SETTINGS, *overrides),
         ]
         self._log = (root / f"{name}.log").open("a")
-        self.process = self._start()
+        self._workers: dict[str, psutil.Process] = {}
+        self._looked_at = 0.0
+        self._has_learnt = False
+        self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self._command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT)
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT)
+        self._workers.clear()
+        self._has_learnt = False
 
     def is_done(self) -> bool:
         """Whether the run has come to its end; a driver that was killed is started again."""
@@ -85,31 +125,64 @@ class Victim:
             return False
         if code == 0:
             return True
-        if code > 0:
+        if code != -signal.SIGKILL:
             raise RuntimeError(f"the run ended with {code}, see {self._log.name}")
-        self.process = self._start()
+        self._start()
         return False
 
-    def kill(self, victim: str, rng: random.Random) -> bool:
-        """SIGKILL one process of the run; false if there is none of the kind at the moment."""
-        if victim == "driver":
+    @property
+    def step(self) -> int:
+        """The last update that is written down; -1 before the run has begun."""
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else -1
+
+    def titles(self) -> dict[str, str]:
+        """What each role's worker is in: `LearnerWorker.learn`, say, or `LearnerWorker` where it is idle."""
+        found = {}
+        for role, worker in list(self._workers.items()):
+            title = _title(worker)
+            if title is None:
+                del self._workers[role]
+            else:
+                found[role] = title.removeprefix("ray::")
+        if len(found) < len(ROLES) and time.monotonic() > self._looked_at + 0.2:
+            self._looked_at = time.monotonic()
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                if (title := _title(child)) and (role := ROLES.get(title.split(".")[0])):
+                    self._workers[role], found[role] = child, title.removeprefix("ray::")
+        return found
+
+    def phase(self) -> str:
+        """What the run does, by the methods its workers are in; writing, where learner and teacher wait."""
+        titles = self.titles()
+        phases = {PHASE_OF[title] for title in titles.values() if title in PHASE_OF}
+        self._has_learnt |= "learning" in phases
+        if len(titles) < len(ROLES) or any(title.endswith("__init__") for title in titles.values()):
+            return "loading"
+        if any((self.folder / "checkpoints").glob(".step-*")):  # also while the driver reads, syncs and renames
+            return "saving"
+        otherwise = "writing" if self._has_learnt else "loading"
+        return next((one for one in dict.fromkeys(PHASE_OF.values()) if one in phases), otherwise)
+
+    def kill(self, roles: tuple[str, ...]) -> list[str]:
+        """SIGKILL the driver or the workers of some roles that there are at the moment; returns whom.
+
+        They are stopped first: a stopped process cannot end by itself, so it was the kill that ended it.
+        """
+        titles = self.titles()
+        victims = {role: self._workers.pop(role) for role in roles if role in titles}
+        self._has_learnt &= "learner" not in victims
+        stopped = {role: worker for role, worker in victims.items() if _stop(worker)}
+        for worker in stopped.values():
+            worker.kill()
+        if "driver" in roles:
             self.process.kill()
-            self.process.wait()
-            return True
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if child.cmdline()[:1] and child.cmdline()[0].startswith(victim):
-                    found.append(child)
-            except psutil.Error:
-                continue
-        if not found:
-            return False
-        try:
-            rng.choice(found).kill()
-        except psutil.NoSuchProcess:
-            return False
-        return True
+        _, alive = psutil.wait_procs(list(stopped.values()), timeout=10)
+        assert not alive, f"{alive} survived SIGKILL"
+        if "driver" in roles and self.process.wait() == -signal.SIGKILL:
+            return [*stopped, "driver"]
+        return list(stopped)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -118,47 +191,97 @@ class Victim:
         self._log.close()
 
 
-def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, rng: random.Random) -> int:
+def _title(process: psutil.Process) -> str | None:
+    """The title that Ray gave a process; None if there is no such process."""
+    try:
+        return next(iter(process.cmdline()), None)
+    except psutil.Error:
+        return None
+
+
+def _stop(process: psutil.Process) -> bool:
+    """SIGSTOP; false if the process had ended before."""
+    try:
+        process.suspend()
+        deadline = time.monotonic() + 1.0
+        while process.status() != psutil.STATUS_STOPPED:
+            if process.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
+                return False
+        return True
+    except psutil.Error:
+        return False
+
+
+def blows(rng: random.Random) -> Plan:
+    """What to wait for and whom to kill then: every other blow falls into a restart, the rest into each phase alike."""
+    active: list[str] = []
+    while True:
+        active = active or rng.sample(ACTIVE, len(ACTIVE))
+        yield active.pop(), rng.choice(BLOWS)
+        yield rng.choice(RESTARTING), rng.choice(BLOWS)
+
+
+def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, plan: Plan, rng: random.Random) -> int:
     """Run to the end under up to `kills` kills; returns how many there were."""
     victim = Victim(root, name, overrides)
-    done = 0
+    wanted, roles = next(plan)
+    done, waits_since, wait = 0, None, rng.uniform(0, ACTIVE_SECONDS)
+    heard_at = time.monotonic()
     try:
-        next_kill = time.monotonic() + rng.expovariate(1 / PAUSE_SECONDS)
-        heard_at, size = time.monotonic(), -1
         while not victim.is_done():
-            if done < kills and time.monotonic() >= next_kill and victim.kill(rng.choice(VICTIMS), rng):
-                done += 1
-                next_kill = heard_at = time.monotonic()
-                next_kill += rng.expovariate(1 / PAUSE_SECONDS)
-            metrics = victim.folder / "metrics.jsonl"
-            now = metrics.stat().st_size if metrics.exists() else 0
-            if now != size:
-                heard_at, size = time.monotonic(), now
-            if time.monotonic() > heard_at + STUCK_SECONDS:
-                raise RuntimeError(f"no update for {STUCK_SECONDS:g} s, see {root / name}.log")
-            time.sleep(0.02)
+            now = time.monotonic()
+            if now > heard_at + STUCK_SECONDS:
+                raise RuntimeError(f"neither done nor to be killed for {STUCK_SECONDS:g} s, see {root / name}.log")
+            phase = victim.phase() if done < kills else "past the last kill"
+            if waits_since is None and (wanted in RESTARTING or phase in ACTIVE):
+                waits_since = now
+            missed = wanted in RESTARTING and phase in ACTIVE  # there was no restart, or it was quicker
+            is_due = waits_since is not None and now > waits_since + wait
+            if is_due and (phase == wanted or missed):
+                titles, step = victim.titles(), victim.step
+                all_there = set(roles) - {"driver"} <= set(titles)
+                if all_there and (killed := victim.kill(roles[: kills - done])):
+                    done += len(killed)
+                    _note(root, name, phase, step, killed, titles)
+                    wanted, roles = next(plan)
+                    limit = {"loading": LOADING_SECONDS, "resuming": 0.0}.get(wanted, ACTIVE_SECONDS)
+                    wait, waits_since, heard_at = rng.uniform(0, limit), None, time.monotonic()
+            time.sleep(0.001 if is_due else 0.01)
     finally:
         victim.close()
     return done
+
+
+def _note(root: Path, name: str, phase: str, step: int, killed: list[str], titles: dict[str, str]) -> None:
+    line = {"run": name, "phase": phase, "step": step, "killed": killed, "workers_were_in": titles}
+    with (root / "kills.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"{name}: {', '.join(killed)} killed while {phase}, after update {step}; {titles}", flush=True)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in load_file(folder / "export" / "model.safetensors").items()}
 
 
-def chaos(root: Path, mode: str, kills: int, seed: int) -> list[Outcome]:
-    """Runs of `mode` until `kills` kills are spent."""
+def chaos(root: Path, kills: int, seed: int) -> list[Outcome]:
+    """Runs until `kills` kills are spent, half of them in each mode."""
     rng = random.Random(seed)
+    plan = blows(rng)
+    half = kills // 2
+    torment(root, "left-alone", (*MODES["deterministic"], "--inline"), 0, plan, rng)
+    return [*_chaos(root, "deterministic", kills - half, plan, rng), *_chaos(root, "asynchronous", half, plan, rng)]
+
+
+def _chaos(root: Path, mode: str, kills: int, plan: Plan, rng: random.Random) -> list[Outcome]:
     outcomes: list[Outcome] = []
     spent = 0
-    if mode == "deterministic":
-        torment(root, "left-alone", MODES[mode], 0, rng)
     while spent < kills:
         started = time.monotonic()
         name = f"{mode}-{len(outcomes)}"
-        number = torment(root, name, MODES[mode], kills - spent, rng)
+        number = torment(root, name, MODES[mode], kills - spent, plan, rng)
         spent += number
         report = read_ledger(root / name / "ledger.jsonl")
+        assert not report.faults, report.faults
         equal = weights(root / name) == weights(root / "left-alone") if mode == "deterministic" else None
         outcomes.append(
             Outcome(
@@ -177,11 +300,19 @@ def chaos(root: Path, mode: str, kills: int, seed: int) -> list[Outcome]:
     return outcomes
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, object]:
+def summary(root: Path, outcomes: list[Outcome]) -> dict[str, object]:
     sums = {key: sum(getattr(one, key) for one in outcomes) for key in ("kills", "survived", "prompts", "trained_once")}
     sums |= {key: sum(getattr(one, key) for one in outcomes) for key in ("lost", "doubled")}
     equal = all(one.bitwise_equal for one in outcomes if one.bitwise_equal is not None)
-    return {**sums, "bitwise_equal": equal, "runs": [asdict(one) for one in outcomes]}
+    lines = [json.loads(line) for line in (root / "kills.jsonl").read_text().splitlines()]
+    return {
+        **sums,
+        "bitwise_equal": equal,
+        "blows": len(lines),
+        "kills_while": Counter(line["phase"] for line in lines for _ in line["killed"]),
+        "killed": Counter(role for line in lines for role in line["killed"]),
+        "runs": [asdict(one) for one in outcomes],
+    }
 
 
 def main() -> int:
@@ -193,10 +324,8 @@ def main() -> int:
     root = args.folder.absolute()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    half = args.kills // 2
-    outcomes = chaos(root, "deterministic", args.kills - half, args.seed)
-    outcomes += chaos(root, "asynchronous", half, args.seed + 1)
-    found = summary(outcomes)
+    outcomes = chaos(root, args.kills, args.seed)
+    found = summary(root, outcomes)
     (root / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "runs"}))
     return 0 if found["bitwise_equal"] and not found["lost"] and not found["doubled"] else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos import chaos, summary
+from tests.chaos import ACTIVE, RESTARTING, chaos, summary
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -20,13 +20,11 @@ KILLS = 30
 
 
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
-    outcomes = [
-        *chaos(tmp_path, "deterministic", KILLS // 2, seed=1),
-        *chaos(tmp_path, "asynchronous", KILLS // 2, seed=2),
-    ]
-    found = summary(outcomes)
+    found = summary(tmp_path, chaos(tmp_path, KILLS, seed=0))
     assert (found["kills"], found["lost"], found["doubled"], found["bitwise_equal"]) == (KILLS, 0, 0, True)
     assert found["trained_once"] == found["prompts"]
+    assert {*ACTIVE, *RESTARTING} - {"resuming"} <= set(found["kills_while"]), found
+    assert set(found["killed"]) == {"driver", "rollout", "teacher", "learner"}, found
 
 
 def command(root: Path, name: str, *overrides: str) -> list[str]:
@@ -41,7 +39,7 @@ POISON = """
 import importlib.abc, importlib.machinery, os, sys
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    "Let a rollout engine end its process as soon as it is given the prompt that TOPD_TEST_POISON names."
+    "Let a rollout engine end its process as soon as it is given the prompt whose id begins as TOPD_TEST_POISON says."
 
     def find_spec(self, name, path, target=None):
         if name != "topd_ray.engines.rollout":
@@ -54,7 +52,8 @@ class AfterImport(importlib.abc.MetaPathFinder):
             add = module.RolloutEngine.add
 
             def add_or_die(self, requests):
-                if any(request.prompt.prompt_id == os.environ["TOPD_TEST_POISON"] for request in requests):
+                requests = list(requests)
+                if any(one.prompt.prompt_id.startswith(os.environ["TOPD_TEST_POISON"]) for one in requests):
                     os._exit(1)
                 add(self, requests)
 
@@ -67,27 +66,26 @@ sys.meta_path.insert(0, AfterImport())
 """
 
 
-@pytest.mark.parametrize("mode", [(), ("run.deterministic=true",)], ids=["free", "deterministic"])
-def test_an_input_that_kills_workers_is_put_into_quarantine(tmp_path: Path, mode: tuple[str, ...]) -> None:
+def test_an_input_that_kills_workers_is_put_into_quarantine(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(POISON)
     rows = [{"id": f"p{index}", "prompt": f"{index} + 1"} for index in range(32)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    environment["TOPD_TEST_POISON"] = "p5"
-    overrides = (f"data.train={tmp_path / 'prompts.jsonl'}", "faults.max_attempts=3", "faults.max_restarts=20", *mode)
+    environment["TOPD_TEST_POISON"] = "p5-"  # a digest of the text follows
+    overrides = (f"data.train={tmp_path / 'prompts.jsonl'}", "faults.max_attempts=3", "faults.max_restarts=20")
     done = subprocess.run(
         command(tmp_path, "run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(line)["prompt_id"] == "p5"
+    assert json.loads(line)["prompt_id"].startswith("p5-")
     report = read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert (report.trained_once, report.quarantined, report.lost, report.doubled) == (31, 1, 0, 0)
 
 
 def test_an_object_store_that_is_too_small_spills(tmp_path: Path) -> None:
     """An update whose trajectories, each with the teacher's whole distribution, take more than Ray's smallest store."""
-    large = ("rollout.prompts_per_step=2560", "rollout.samples_per_prompt=1", "teacher.top_k=full", "run.steps=1")
+    large = ("rollout.prompts_per_step=5120", "rollout.samples_per_prompt=1", "teacher.top_k=full", "run.steps=1")
     store = ("resources.object_store_bytes=78643200", "objective.method=opd", "rollout.max_num_seqs=512")
     process = subprocess.Popen(
         command(tmp_path, "run", *large, *store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -104,4 +102,4 @@ def test_an_object_store_that_is_too_small_spills(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     assert spilled > 10_000_000, output
-    assert read_ledger(tmp_path / "run" / "ledger.jsonl").trained_once == 2560
+    assert read_ledger(tmp_path / "run" / "ledger.jsonl").trained_once == 5120

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import make_tiny_model
 from topd_ray.config.load import load_config
 from topd_ray.data.tokenizer import load_tokenizer
-from topd_ray.errors import CheckpointError
+from topd_ray.errors import CheckpointError, WorkerLostError
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState, step_of
 from topd_ray.pipeline.identity import run_identity
 
@@ -236,3 +236,16 @@ def test_as_many_are_kept_as_asked(tmp_path: Path) -> None:
     loaded = Checkpoints(tmp_path, keep=5).load()
     assert loaded is not None and loaded[0].step == 1_000_000
     assert (tmp_path / "step-000004").exists()
+
+
+def test_a_lost_rank_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(state(1), write())
+
+    def lose(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise WorkerLostError("learner rank 0 is lost")
+
+    with pytest.raises(WorkerLostError):
+        checkpoints.save(state(2), lose)
+    assert [path.name for path in tmp_path.iterdir() if "step" in path.name] == ["step-000001"]

@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from tqdm import tqdm
 
+from topd_ray.actors.absence import Absence
 from topd_ray.actors.answers import POLL_SECONDS, Answers, is_loss, reason_of
 from topd_ray.actors.calls import Call, Calls
 from topd_ray.actors.cluster import check_run_folder, cluster_address, start_ray
@@ -54,15 +55,21 @@ class RayFleet:
     """Starts Ray (or joins a cluster), reserves room, builds the workers, and passes handles between them.
 
     A rollout or teacher worker that is lost is made anew, within `faults.max_restarts`. `check_interrupt` is called
-    while the driver waits for what may be broken off; what it raises goes to the caller.
+    while the driver waits for what may be broken off; what it raises goes to the caller. `say` hears of workers that
+    stay away.
     """
 
     def __init__(
-        self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None] = lambda: None
+        self,
+        config: TopdConfig,
+        total_updates: int,
+        check_interrupt: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._config = config
         self._total_updates = total_updates
         self._check_interrupt = check_interrupt
+        self._say = say
         self.traffic = Traffic()
         self._calls = Calls(config)
         self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
@@ -88,9 +95,11 @@ class RayFleet:
             cluster_nodes(),
             wait_seconds=config.resources.wait_seconds,
             check_interrupt=self._check_interrupt,
+            say=self._say,
         )
         check_nodes(config, wanted, group)
         self._crew = Crew(config, wanted, group, self._total_updates)
+        self._absence = Absence(group, self._say)
         self._answers = Answers(self._crew, self.traffic, self._check_interrupt)
         self._rollouts = self._crew.of("rollout")
         self._teachers = self._crew.of("teacher")
@@ -203,6 +212,7 @@ class RayFleet:
                 return [Published(worker=slot.index, version=answer.version, metrics=answer.metrics)]
             case "setup":
                 slot.is_ready = True
+                self._absence.end(slot)
                 return self._ready(slot, answer)
         return []
 
@@ -267,6 +277,7 @@ class RayFleet:
         self._streams = {stream: other for stream, other in self._streams.items() if other is not slot}
         if not slot.budget.spend():
             raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {reason_of(reason)}")
+        self._absence.begin(slot)
         self._crew.make(slot)
         self._set_up(slot)
         return Lost(role=slot.role, worker=slot.index, reason=reason_of(reason))
@@ -277,9 +288,13 @@ class RayFleet:
         if now < self._looked_at + POLL_SECONDS:
             return []
         self._looked_at = now
+        self._absence.look()
         late = {}
         for call in self._calls.late(now):
             late[call.slot] = f"{call.kind} took longer than {call.limit}"
+            if call.kind == "setup" and call.slot.role != "learner" and not self._is_starting:
+                waits_for = self._absence.waits_for(call.slot)
+                raise FAILED[call.slot.role](f"{call.slot} is not back: {late[call.slot]}; {waits_for}")
             if call.slot.role == "learner" or call.kind == "setup":
                 raise WorkerLostError(f"{call.slot} does not answer: {late[call.slot]}")
         silence = self._calls.silence

@@ -166,9 +166,14 @@ def local_cores() -> int:
 
 
 def reserve(
-    wanted: Sequence[Need], nodes: Sequence[Node], *, wait_seconds: float, check_interrupt: Callable[[], None]
+    wanted: Sequence[Need],
+    nodes: Sequence[Node],
+    *,
+    wait_seconds: float,
+    check_interrupt: Callable[[], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> PlacementGroup:
-    """Reserve room for all workers at once.
+    """Reserve room for all workers at once. `say` hears what is waited for.
 
     Raises ConfigError, saying what is missing, if the nodes there are cannot hold them (unless more may come within
     `wait_seconds`), or do not become free in time.
@@ -185,14 +190,18 @@ def reserve(
         bundle_label_selector=[dict(need.labels) for need in wanted],
     )
     timeout = max(wait_seconds, PLACEMENT_TIMEOUT_SECONDS)
+    if missing:
+        say(f"waiting up to {timeout:g} s for nodes: {'; '.join(missing)}")
     deadline = time.monotonic() + timeout
     while not group.wait(POLL_SECONDS):
         check_interrupt()
         if time.monotonic() > deadline:
             free = {kind: ray.available_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}
+            lacks = "".join(f"{line}; " for line in shortage(wanted, cluster_nodes()))
             raise ConfigError(
-                f"the Ray cluster did not have room for the workers within {timeout:g} s: free are {free['CPU']:g} CPU "
-                f"and {free['GPU']:g} GPU, needed are {'; '.join(map(str, wanted))}, each on one node"
+                f"the Ray cluster did not have room for the workers within {timeout:g} s: {lacks}free are "
+                f"{free['CPU']:g} CPU and {free['GPU']:g} GPU, needed are {'; '.join(map(str, wanted))}, each on one "
+                "node"
             )
     return group
 

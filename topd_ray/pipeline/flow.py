@@ -127,6 +127,11 @@ class Flow:
             ),
         )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the learner has applied the updates that were returned, and no other."""
+        return not self._buffer.leased and self._trained is None
+
     def drain(self) -> None:
         """Wait until no engine has anything to do and all serve the newest policy, as an evaluation wants it."""
         while self._writing.num_writing or not self._guiding.is_idle or not self._writing.all_serve(self._version):
@@ -189,7 +194,7 @@ class Flow:
     # What has happened
 
     def _listen(self) -> None:
-        if not self._buffer.leased and self._trained is None:  # an update must come to its end
+        if self.is_settled:  # an update must come to its end
             self._check_interrupt()
         for event in self._fleet.wait():
             self._handle(event)

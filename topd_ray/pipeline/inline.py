@@ -27,7 +27,11 @@ class InlineFleet:
     """
 
     def __init__(
-        self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None] = lambda: None
+        self,
+        config: TopdConfig,
+        total_updates: int,
+        check_interrupt: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         store = LocalStore()
         self._config = config

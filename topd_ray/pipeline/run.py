@@ -17,7 +17,16 @@ from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
 from topd_ray.engines.attention import EAGER
-from topd_ray.errors import CheckpointError, ConfigError, DataError, RunInterrupted, TopdError, WorkerLostError
+from topd_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    RolloutError,
+    RunInterrupted,
+    TeacherError,
+    TopdError,
+    WorkerLostError,
+)
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 from topd_ray.metrics.records import reduce
 from topd_ray.metrics.timing import Stopwatch
@@ -36,7 +45,9 @@ from topd_ray.types import Metric, RolloutRequest
 class FleetClass(Protocol):
     """Makes a fleet that is still to be started; `check` tells beforehand, and cheaply, whether it can be."""
 
-    def __call__(self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None]) -> Fleet: ...
+    def __call__(
+        self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None], say: Say
+    ) -> Fleet: ...
 
     def check(self, config: TopdConfig) -> None: ...
 
@@ -52,10 +63,16 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
     restarts = RestartBudget(plan.config.faults)
     with _only_process_in(folder), Interrupt() as interrupt:
         write_whole(folder / "config.yaml", dump_config(plan.config))
+        lost: WorkerLostError | None = None
         while True:
             try:
                 return _run_session(plan, fleet_class, interrupt, say, restarts)
+            except ConfigError as error:
+                if lost is None:
+                    raise
+                raise WorkerLostError(f"{lost}, and the workers could not start again: {error}") from error
             except WorkerLostError as error:
+                lost = error
                 if not restarts.spend():
                     raise WorkerLostError(f"the run had to begin again {restarts}, the last time: {error}") from error
                 say(f"{error}; all workers start again, from the last checkpoint")
@@ -69,7 +86,7 @@ def _run_session(
         books = Books.open(plan)
         stack.callback(books.close)
         say("starting the workers")
-        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check)
+        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check, say)
         stack.callback(fleet.shutdown)
         stack.enter_context(_post_mortem(plan.config, restarts, say))
         fleet.start()
@@ -89,7 +106,14 @@ def _post_mortem(config: TopdConfig, restarts: RestartBudget, say: Say) -> Itera
     except Exception as error:
         if not (isinstance(error, WorkerLostError) and restarts.has_room):
             write_post_mortem(config, error, say)
+            if not isinstance(error, RunInterrupted):  # which has said so itself
+                _say_last_checkpoint(config, say)
         raise
+
+
+def _say_last_checkpoint(config: TopdConfig, say: Say) -> None:
+    latest = Checkpoints(config.run.folder / "checkpoints", config.run.keep_checkpoints).latest()
+    say(f"the last checkpoint is {latest}; the same command goes on from it" if latest else "there is no checkpoint")
 
 
 def again(config: TopdConfig) -> TopdConfig:
@@ -142,7 +166,12 @@ class Session:
             self._begin()
             self._evaluate_once("teacher", evaluation.teacher)
             self._evaluate_once("before", evaluation.before and self._state.step == 0)
-            self._train_steps()
+            try:
+                self._train_steps()
+            except (RolloutError, TeacherError):
+                if self._flow.is_settled:  # the learner is well, and has what is counted
+                    self._save()
+                raise
             self._save()
             self._flow.drain()
             self._evaluate_once("after", evaluation.after)
@@ -271,7 +300,10 @@ class Session:
         return accuracy
 
     def _export(self) -> None:
-        """Replace `export/` only once the new one is whole. Raises CheckpointError if it cannot be written."""
+        """Replace `export/` only once the new one is whole.
+
+        Raises CheckpointError if it cannot be written, WorkerLostError if a learner rank is lost meanwhile.
+        """
         target = self._folder / "export"
         unfinished = target.with_name(".export.tmp")
         try:
@@ -279,6 +311,9 @@ class Session:
             self._fleet.export(unfinished)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
+        except WorkerLostError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
         except Exception as error:  # each writer has errors of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(f"{target} could not be written: {error}; the checkpoint is safe") from error

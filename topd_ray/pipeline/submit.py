@@ -162,7 +162,11 @@ def _follow(client: "JobSubmissionClient", job: str, address: str) -> int:
         return 128 + signal.SIGTERM
     if info.status == JobStatus.FAILED and info.driver_exit_code is None:
         raise TopdError(f"job {job} did not run: {info.message}")
-    return info.driver_exit_code or 0
+    code = info.driver_exit_code or 0
+    if code < 0:
+        ended_by = signal.Signals(-code).name
+        print(f"job {job}: the driver was ended by {ended_by}; the same command goes on from the last checkpoint")
+    return 128 - code if code < 0 else code
 
 
 async def _print_log(client: "JobSubmissionClient", job: str) -> None:
