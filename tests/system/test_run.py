@@ -174,7 +174,7 @@ def test_a_worker_that_fails_too_often_ends_the_run_with_one_line_and_leaves_not
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "error: TeacherError: teacher worker 0 has failed more than faults.max_restarts=0 times within" in output
-    assert "there is no checkpoint" in output and "Traceback" not in output
+    assert "the last checkpoint is step-" in output and "Traceback" not in output
     assert_gone(family)
     (bundle,) = (root / "died" / "post-mortem").iterdir()
     assert list((bundle / "logs").rglob("TeacherWorker-*"))
