@@ -20,9 +20,10 @@ from typing import Any
 from ray import cloudpickle
 
 from topd_ray import errors
-from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, RolloutChunk, WeightsBundle
+from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, RolloutChunk
 from topd_ray.errors import PayloadLostError
 from topd_ray.types import Completions, Metric, Prompt, RolloutRequest, UpdateReport
+from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
 
 
@@ -163,7 +164,7 @@ class Learner(StandIn):
         if self.rank != 0:
             return None
         return WeightsBundle(
-            version=self.version, handle=self.store.put([self.version]), num_bytes=8, checksum=1000 + self.version
+            version=self.version, content=self.store.put([self.version]), num_bytes=8, checksum=1000 + self.version
         )
 
     def preflight(self, items: list[GuidedItem]) -> LearnerCheck:

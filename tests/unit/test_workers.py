@@ -44,6 +44,7 @@ def failing_learner(folder: Path, store: Store | None = None) -> LearnerWorker:
         STUDENT,
         LearnerConfig(),
         ObjectiveConfig(),
+        weights=WeightsConfig(),
         temperature=1.0,
         total_updates=1,
         rank=1,
