@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topd_ray.errors import CheckpointError
+from topd_ray.errors import CheckpointError, WorkerLostError
 from topd_ray.pipeline.manifest import Identity, fault, write_manifest
 
 NAME = re.compile(r"step-(\d{6,})(\.1)?")
@@ -67,7 +67,7 @@ class Checkpoints:
         """Write a checkpoint and point at it; then delete the oldest ones.
 
         A process that is killed at any point leaves the checkpoint before, or this one, to `load`. Raises
-        CheckpointError if it cannot be written; the checkpoints before it stay as they are.
+        CheckpointError if it cannot be written, or WorkerLostError; the checkpoints before it stay as they are.
         """
         target = self._folder / self._free_name(state.step)
         unfinished = self._folder / f".{target.name}.tmp"
@@ -86,6 +86,8 @@ class Checkpoints:
             self._point_at(target.name)
         except Exception as error:  # each writer has errors of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, WorkerLostError):  # the run goes on from the checkpoint before
+                raise
             latest = self.latest()
             kept = f"the last complete one is {self._folder / latest}" if latest else "there is no earlier one"
             message = f"the checkpoint of step {state.step} could not be written: {error}; {kept}"
