@@ -181,6 +181,7 @@ class Learner(StandIn):
         return self.version
 
     def export(self, folder: Path) -> None:
+        self.obey("export")
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             (folder / "student").write_text(str(self.version))

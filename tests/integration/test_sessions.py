@@ -66,13 +66,14 @@ def test_the_learner_is_lost_before_the_first_checkpoint(go: Go, orders: Orders,
     assert_each_trained_once(tmp_path / "run")
 
 
-def test_the_learner_is_lost_after_a_checkpoint_and_while_one_is_written(
+def test_the_learner_is_lost_after_a_checkpoint_and_while_one_or_the_export_is_written(
     go: Go, orders: Orders, tmp_path: Path
 ) -> None:
     orders("learner0-pack_weights-3", "once die")
     orders("learner0-save", "once die")
+    orders("learner0-export", "once die")
     _, said = go("pipeline.max_staleness=1")
-    assert len(restarts(said)) == 2
+    assert len(restarts(said)) == 3
     assert_each_trained_once(tmp_path / "run")
 
 
@@ -134,6 +135,13 @@ def test_an_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(
     assert_each_trained_once(tmp_path / "run")
 
 
+def test_errors_of_the_config_while_workers_start_stay_what_they_are(go: Go, orders: Orders, tmp_path: Path) -> None:
+    orders("rollout-setup", "raise ConfigError: no such model")
+    with pytest.raises(TopdError, match=r"^no such model$") as error:
+        go()
+    assert type(error.value).__name__ == "ConfigError" and not (tmp_path / "run" / "post-mortem").exists()
+
+
 def test_a_cluster_of_its_own_starts_again_in_the_same_driver(
     go: Go, orders: Orders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,10 +150,3 @@ def test_a_cluster_of_its_own_starts_again_in_the_same_driver(
     _, said = go("resources.ray_address=null", "resources.object_store_bytes=80000000")
     assert len(restarts(said)) == 1
     assert_each_trained_once(tmp_path / "run")
-
-
-def test_errors_of_the_config_while_workers_start_stay_what_they_are(go: Go, orders: Orders, tmp_path: Path) -> None:
-    orders("rollout-setup", "raise ConfigError: no such model")
-    with pytest.raises(TopdError, match=r"^no such model$") as error:
-        go()
-    assert type(error.value).__name__ == "ConfigError" and not (tmp_path / "run" / "post-mortem").exists()

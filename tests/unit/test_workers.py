@@ -20,7 +20,14 @@ from topd_ray.actors.placement import Need
 from topd_ray.actors.restarts import RestartBudget
 from topd_ray.actors.store import LocalStore, Store
 from topd_ray.config.load import load_config
-from topd_ray.config.schema import FaultsConfig, LearnerConfig, ObjectiveConfig, StudentConfig, TopdConfig
+from topd_ray.config.schema import (
+    FaultsConfig,
+    LearnerConfig,
+    ObjectiveConfig,
+    StudentConfig,
+    TopdConfig,
+    WeightsConfig,
+)
 from topd_ray.data.arrow import GUIDED_SCHEMA
 from topd_ray.errors import NonFiniteLossError, PayloadLostError, RolloutError
 
