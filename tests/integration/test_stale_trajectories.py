@@ -8,27 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.test_learner import (
-    STALENESS_KEYS,
-    UNWEIGHTED,
-    assert_equal,
-    assert_near,
-    figures,
-    make_batch,
-    make_engine,
-    no_process_group_left,
-    plain_loss,
-    plain_weights,
-    totals,
-    weights_of,
-)
+from tests.integration.test_learner import STALENESS_KEYS, UNWEIGHTED, plain_loss, plain_weights
+from tests.learner_case import assert_equal, assert_near, figures, make_batch, make_engine, totals, weights_of
 from tests.tiny import NUM_TOKENS, load_tiny_model, make_tiny_model, plain_logprobs
 from topd_ray.config.schema import ObjectiveConfig
 from topd_ray.engines.learner import LearnerEngine
 from topd_ray.errors import NonFiniteLossError
 from topd_ray.types import Float32, GuidedTrajectory
 
-__all__ = ["no_process_group_left"]
+pytestmark = pytest.mark.usefixtures("no_process_group_left")
 NEAR = ObjectiveConfig(importance_clip=1.7, importance_horizon=3)
 
 
