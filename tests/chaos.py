@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]
-NUM_PROMPTS = 320
+NUM_PROMPTS = 192
 PROMPTS_PER_STEP = 8
 SETTINGS = (
     "run.epochs=1",
