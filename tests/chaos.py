@@ -50,11 +50,10 @@ MODES = {"deterministic": ("run.deterministic=true",), "asynchronous": ("pipelin
 ROLES = {"ray::RolloutWorker": "rollout", "ray::TeacherWorker": "teacher", "ray::LearnerWorker": "learner"}
 WORKERS = tuple(ROLES.values())
 BLOWS = (
-    *[(role,) for role in WORKERS],
-    *3 * [("rollout", "teacher")],
-    *3 * [WORKERS],
-    ("driver",),
-    ("driver", *WORKERS),
+    *[(role,) for role in ("driver", *WORKERS)],
+    *2 * [("rollout", "teacher")],
+    *4 * [WORKERS],
+    *3 * [("driver", *WORKERS)],
 )
 """Who falls at once. Without the learner a run goes on; with it, or the driver, it begins again from a checkpoint."""
 Plan = Iterator[tuple[str, tuple[str, ...]]]
