@@ -258,19 +258,6 @@ def test_an_engine_without_a_policy_ends_the_stream_until_it_has_one(served: Ser
     served.end()
 
 
-def test_what_is_abandoned_never_leaves(served: Served) -> None:
-    served.server.submit(requests(a=1, b=1), whole=False)
-    served.running(2)
-    served.server.submit(requests(c=1), whole=True)
-    served.server.abandon()
-    served.server.submit(requests(d=1), whole=False)
-    served.steps(2)
-    eventually(lambda: served.batches)
-    assert served.batches == ["d"]
-    assert [name for name, _, _ in served.engine.entered] == ["a", "b", "d"]
-    served.end()
-
-
 def test_an_error_of_the_engine_ends_the_stream_and_another_starts_anew(served: Served) -> None:
     served.server.submit(requests(a=2), whole=False)
     served.running(1)

@@ -88,10 +88,6 @@ class RolloutWorker:
         """
         self._server.submit(requests, whole=whole)
 
-    def abandon(self) -> None:
-        """Forget all that was submitted. A chunk that is on its way may still arrive."""
-        self._server.abandon()
-
     def stop(self) -> None:
         """End `serve` at the engine's next step; what it has not yielded is dropped."""
         self._server.stop()

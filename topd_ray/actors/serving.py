@@ -103,7 +103,6 @@ class RolloutServer:
         self._user: int | None = None
         self._is_serving = False
         self._is_stopping = False
-        self._is_abandoning = False
         self._submissions: deque[Submission] = deque()
         self._update: Update | None = None
         self._receipt: WeightReceipt | None = None
@@ -118,13 +117,6 @@ class RolloutServer:
             with self._changed:
                 self._submissions.append(Submission(requests=requests, whole=whole))
                 self._changed.notify_all()
-
-    def abandon(self) -> None:
-        """Forget all requests. A handover that has left already cannot be called back."""
-        with self._changed:
-            self._submissions.clear()
-            self._is_abandoning = True
-            self._changed.notify_all()
 
     def stop(self) -> None:
         """End `serve`, or the next one if none is on, at the next step; what it has not handed over is dropped."""
@@ -148,7 +140,7 @@ class RolloutServer:
                     yield from self._write()
         finally:
             with self._changed:
-                self._is_serving = self._is_stopping = self._is_abandoning = False
+                self._is_serving = self._is_stopping = False
                 self._submissions.clear()
                 self._changed.notify_all()
 
@@ -234,7 +226,6 @@ class RolloutServer:
         engine, handover = self._engine, self._handover
         try:
             while not self._is_stopping:
-                self._drop_abandoned()
                 if handover.is_due(is_last=not engine.num_running):
                     yield from handover.hand_over()
                 if (failure := self._load(at_once=False)) is not None and not engine.is_whole:
@@ -246,13 +237,6 @@ class RolloutServer:
         finally:
             handover.finished = []
             engine.abandon()
-
-    def _drop_abandoned(self) -> None:
-        with self._changed:
-            if self._is_abandoning:
-                self._is_abandoning = False
-                self._engine.abandon()
-                self._handover.finished = []
 
     def _entering(self) -> list[RolloutRequest]:
         """What enters the engine before its next step: nothing while weights wait."""
