@@ -51,9 +51,9 @@ ROLES = {"ray::RolloutWorker": "rollout", "ray::TeacherWorker": "teacher", "ray:
 WORKERS = tuple(ROLES.values())
 BLOWS = (
     *[(role,) for role in ("driver", *WORKERS)],
-    *2 * [("rollout", "teacher")],
-    *4 * [WORKERS],
-    *3 * [("driver", *WORKERS)],
+    ("rollout", "teacher"),
+    *3 * [WORKERS],
+    *4 * [("driver", *WORKERS)],
 )
 """Who falls at once. Without the learner a run goes on; with it, or the driver, it begins again from a checkpoint."""
 Plan = Iterator[tuple[str, tuple[str, ...]]]

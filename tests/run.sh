@@ -22,7 +22,16 @@ step "import contracts" "$BIN/lint-imports"
 step "mypy" "$BIN/mypy"
 if [[ ${1:-} == tests ]]; then
     shift
-    step "pytest" "$BIN/python" -m pytest --durations=15 "$@"
+    if (($#)); then
+        step "pytest" "$BIN/python" -m pytest --durations=15 "$@"
+    else  # unit tests take one core, the others wait for processes to start half of the time
+        log=$(mktemp)
+        "$BIN/python" -m pytest --durations=5 tests/unit >"$log" 2>&1 &
+        unit=$!
+        step "pytest, the rest" "$BIN/python" -m pytest --durations=30 tests/integration tests/system
+        step "pytest, unit" wait "$unit"
+        cat "$log" && rm "$log"
+    fi
 fi
 
 printf '%s\n' "" "${lines[@]}"

@@ -140,13 +140,3 @@ def test_errors_of_the_config_while_workers_start_stay_what_they_are(go: Go, ord
     with pytest.raises(TopdError, match=r"^no such model$") as error:
         go()
     assert type(error.value).__name__ == "ConfigError" and not (tmp_path / "run" / "post-mortem").exists()
-
-
-def test_a_cluster_of_its_own_starts_again_in_the_same_driver(
-    go: Go, orders: Orders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    orders("learner0-learn", "once die")
-    _, said = go("resources.ray_address=null", "resources.object_store_bytes=80000000")
-    assert len(restarts(said)) == 1
-    assert_each_trained_once(tmp_path / "run")

@@ -1,6 +1,6 @@
 """Which teacher guides what."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from topd_ray.actors.messages import RolloutChunk
 from topd_ray.actors.sharing import split_evenly
@@ -66,11 +66,16 @@ class Guiding:
                 self._ask_own(load)
         elif self._waiting and load:
             least = min(load.values())
-            if least < CALLS_IN_FLIGHT:
-                teachers = [teacher for teacher, busy in load.items() if busy == least]
+            teachers = [teacher for teacher, busy in load.items() if busy == least]
+            if least == 0 or (least < CALLS_IN_FLIGHT and self._is_worth_a_call(teachers)):
                 for teacher, share in zip(teachers, split_evenly(self._waiting, len(teachers)), strict=False):
                     self._ask(teacher, tuple(share))
                 self._waiting.clear()
+
+    def _is_worth_a_call(self, teachers: Sequence[int]) -> bool:
+        """Whether there is as much for each of these as it has: less would wait behind that, and gathers company."""
+        has = min(sum(map(_size, call)) for teacher in teachers for call in self._calls[teacher])
+        return sum(map(_size, self._waiting)) >= has * len(teachers)
 
     def _ask_own(self, load: dict[int, int]) -> None:
         """Each rollout worker's chunk to a teacher of its own, in the order of their ids."""
@@ -123,3 +128,7 @@ class Guiding:
     def _is_lone(self, chunk: RolloutChunk) -> bool:
         """A lone task is written alone and so is the only one of its chunk, and of its teacher: the first tells."""
         return self._blame.is_lone(self._tasks[chunk.trajectory_ids[0]])
+
+
+def _size(chunk: RolloutChunk) -> int:
+    return len(chunk.trajectory_ids)
