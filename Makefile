@@ -4,14 +4,15 @@ ARGS ?=
 KILLS ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-async chaos lock audit docker docker-demo clean
+.PHONY: help setup demo test test-long lint bench bench-async chaos lock audit docker docker-demo clean
 
 # Models and prompts come from this folder: nothing here asks a model hub.
-demo test bench chaos: export HF_HUB_OFFLINE := 1
+demo test test-long bench chaos: export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo    train the embedded student on this machine and print the table (OBJECTIVE=topd|opd)"
 	@echo "make test    lint, import contracts, types and tests"
+	@echo "make test-long   the tests that make test has no time for"
 	@echo "make lint    the same without the tests"
 	@echo "make bench   measure against TRL, Liger and POT in about ten minutes; write bench/results/cpu.json"
 	@echo "make bench-async   measure the asynchronous driver over engines that sleep; write bench/results/async.json"
@@ -32,6 +33,9 @@ demo: setup
 
 test: setup
 	@bash tests/run.sh lint tests $(ARGS)
+
+test-long: setup
+	@bash tests/run.sh lint tests -m long $(ARGS)
 
 lint: setup
 	@bash tests/run.sh lint

@@ -28,7 +28,7 @@ if [[ ${1:-} == tests ]]; then
         log=$(mktemp)
         "$BIN/python" -m pytest --durations=5 tests/unit >"$log" 2>&1 &
         unit=$!
-        step "pytest, the rest" "$BIN/python" -m pytest --durations=30 tests/integration tests/system
+        step "pytest, the rest" "$BIN/python" -m pytest -m "not long" --durations=30 tests/integration tests/system
         step "pytest, unit" wait "$unit"
         cat "$log" && rm "$log"
     fi

@@ -1,5 +1,6 @@
 """Runs on this machine whose workers, inputs and memory fail."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -83,6 +84,14 @@ def test_an_input_that_kills_workers_is_put_into_quarantine(tmp_path: Path) -> N
     assert (report.trained_once, report.quarantined, report.lost, report.doubled) == (31, 1, 0, 0)
 
 
+def spilled_by(raylet: psutil.Process) -> int:
+    """Bytes that lie on the disk now."""
+    sessions = [one.split("=", 1)[1] for one in raylet.cmdline() if one.startswith("--session_dir=")]
+    files = [file for session in sessions for file in Path(session).glob("ray_spilled_objects*/*")]
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+@pytest.mark.long
 def test_an_object_store_that_is_too_small_spills(tmp_path: Path) -> None:
     """An update whose trajectories, each with the teacher's whole distribution, take more than Ray's smallest store."""
     large = ("rollout.prompts_per_step=5120", "rollout.samples_per_prompt=1", "teacher.top_k=full", "run.steps=1")
@@ -95,9 +104,8 @@ def test_an_object_store_that_is_too_small_spills(tmp_path: Path) -> None:
     while process.poll() is None and time.monotonic() < deadline:
         raylets = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "raylet"]
         for raylet in raylets:
-            sessions = [one.split("=", 1)[1] for one in raylet.cmdline() if one.startswith("--session_dir=")]
-            files = [file for session in sessions for file in Path(session).glob("ray_spilled_objects*/*")]
-            spilled = max(spilled, sum(file.stat().st_size for file in files if file.exists()))
+            with contextlib.suppress(psutil.Error):  # it has ended
+                spilled = max(spilled, spilled_by(raylet))
         time.sleep(0.2)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output

@@ -74,6 +74,7 @@ def hosts(tmp_path: Path) -> Iterator[dict[str, Host]]:
     ray_folder.rmdir()
 
 
+@pytest.mark.long
 def test_time_is_up(hosts: dict[str, Host], tmp_path: Path) -> None:
     """Two nodes start, the job runs on both, Slurm's signal stops it with a checkpoint, and it is requeued."""
     commands = {
