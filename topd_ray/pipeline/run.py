@@ -316,8 +316,6 @@ class Session:
             raise
         except Exception as error:  # each writer has errors of its own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
-            if isinstance(error, WorkerLostError):
-                raise
             raise CheckpointError(f"{target} could not be written: {error}; the checkpoint is safe") from error
 
     def _write_summary(self) -> None:
