@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors.numpy import load_file
@@ -94,7 +95,13 @@ class Outcome:
     doubled: int
     bitwise_equal: bool | None
     """None where the run is not deterministic"""
+    failure: str | None
+    """why the run did not come to its end, or what cannot be in its ledger"""
     seconds: float
+
+
+class NotSurvivedError(RuntimeError):
+    """A run that does not go on."""
 
 
 class Victim:
@@ -125,7 +132,7 @@ class Victim:
         if code == 0:
             return True
         if code != -signal.SIGKILL:
-            raise RuntimeError(f"the run ended with {code}, see {self._log.name}")
+            raise NotSurvivedError(f"the run ended with {code}, see {self._log.name}")
         self._start()
         return False
 
@@ -220,8 +227,10 @@ def blows(rng: random.Random) -> Plan:
         yield rng.choice(RESTARTING), rng.choice(BLOWS)
 
 
-def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, plan: Plan, rng: random.Random) -> int:
-    """Run to the end under up to `kills` kills; returns how many there were."""
+def torment(
+    root: Path, name: str, overrides: tuple[str, ...], kills: int, plan: Plan, rng: random.Random
+) -> tuple[int, str | None]:
+    """Run to the end under up to `kills` kills; returns how many there were, and why the run did not end well."""
     victim = Victim(root, name, overrides)
     wanted, roles = next(plan)
     done, waits_since, wait = 0, None, rng.uniform(0, ACTIVE_SECONDS)
@@ -230,7 +239,7 @@ def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, plan:
         while not victim.is_done():
             now = time.monotonic()
             if now > heard_at + STUCK_SECONDS:
-                raise RuntimeError(f"neither done nor to be killed for {STUCK_SECONDS:g} s, see {root / name}.log")
+                raise NotSurvivedError(f"neither done nor to be killed for {STUCK_SECONDS:g} s, see {root / name}.log")
             phase = victim.phase() if done < kills else "past the last kill"
             if waits_since is None and (wanted in RESTARTING or phase in ACTIVE):
                 waits_since = now
@@ -246,9 +255,11 @@ def torment(root: Path, name: str, overrides: tuple[str, ...], kills: int, plan:
                     limit = {"loading": LOADING_SECONDS, "resuming": 0.0}.get(wanted, ACTIVE_SECONDS)
                     wait, waits_since, heard_at = rng.uniform(0, limit), None, time.monotonic()
             time.sleep(0.001 if is_due else 0.01)
+    except NotSurvivedError as error:
+        return done, str(error)
     finally:
         victim.close()
-    return done
+    return done, None
 
 
 def _note(root: Path, name: str, phase: str, step: int, killed: list[str], titles: dict[str, str]) -> None:
@@ -267,31 +278,36 @@ def chaos(root: Path, kills: int, seed: int) -> list[Outcome]:
     rng = random.Random(seed)
     plan = blows(rng)
     half = kills // 2
-    torment(root, "left-alone", (*MODES["deterministic"], "--inline"), 0, plan, rng)
+    _, failure = torment(root, "left-alone", (*MODES["deterministic"], "--inline"), 0, plan, rng)
+    if failure is not None:
+        raise NotSurvivedError(f"without a single kill: {failure}")
     return [*_chaos(root, "deterministic", kills - half, plan, rng), *_chaos(root, "asynchronous", half, plan, rng)]
 
 
 def _chaos(root: Path, mode: str, kills: int, plan: Plan, rng: random.Random) -> list[Outcome]:
+    """Ends with the first run that does not survive."""
     outcomes: list[Outcome] = []
     spent = 0
-    while spent < kills:
+    while spent < kills and not any(one.failure for one in outcomes):
         started = time.monotonic()
         name = f"{mode}-{len(outcomes)}"
-        number = torment(root, name, MODES[mode], kills - spent, plan, rng)
+        number, failure = torment(root, name, MODES[mode], kills - spent, plan, rng)
         spent += number
         report = read_ledger(root / name / "ledger.jsonl")
-        assert not report.faults, report.faults
-        equal = weights(root / name) == weights(root / "left-alone") if mode == "deterministic" else None
+        equal = None
+        if mode == "deterministic":
+            equal = failure is None and weights(root / name) == weights(root / "left-alone")
         outcomes.append(
             Outcome(
                 mode=mode,
                 kills=number,
-                survived=number,
+                survived=number if failure is None else number - 1,
                 prompts=NUM_PROMPTS,
                 trained_once=report.trained_once,
                 lost=NUM_PROMPTS - report.trained_once - report.doubled,
                 doubled=report.doubled,
                 bitwise_equal=equal,
+                failure=failure or "; ".join(report.faults) or None,
                 seconds=round(time.monotonic() - started, 1),
             )
         )
@@ -299,19 +315,26 @@ def _chaos(root: Path, mode: str, kills: int, plan: Plan, rng: random.Random) ->
     return outcomes
 
 
-def summary(root: Path, outcomes: list[Outcome]) -> dict[str, object]:
+def summary(root: Path, outcomes: list[Outcome]) -> dict[str, Any]:
     sums = {key: sum(getattr(one, key) for one in outcomes) for key in ("kills", "survived", "prompts", "trained_once")}
     sums |= {key: sum(getattr(one, key) for one in outcomes) for key in ("lost", "doubled")}
-    equal = all(one.bitwise_equal for one in outcomes if one.bitwise_equal is not None)
+    compared = [one.bitwise_equal for one in outcomes if one.bitwise_equal is not None]
     lines = [json.loads(line) for line in (root / "kills.jsonl").read_text().splitlines()]
     return {
         **sums,
-        "bitwise_equal": equal,
+        "bitwise_equal": bool(compared) and all(compared),
+        "failures": [one.failure for one in outcomes if one.failure],
         "blows": len(lines),
         "kills_while": Counter(line["phase"] for line in lines for _ in line["killed"]),
         "killed": Counter(role for line in lines for role in line["killed"]),
         "runs": [asdict(one) for one in outcomes],
     }
+
+
+def is_unharmed(found: dict[str, Any]) -> bool:
+    """Whether a summary tells of runs that survived everything, and trained on each prompt exactly once."""
+    is_once = found["trained_once"] == found["prompts"] and not found["lost"] and not found["doubled"]
+    return is_once and found["survived"] == found["kills"] and found["bitwise_equal"] and not found["failures"]
 
 
 def main() -> int:
@@ -327,7 +350,7 @@ def main() -> int:
     found = summary(root, outcomes)
     (root / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: value for key, value in found.items() if key != "runs"}))
-    return 0 if found["bitwise_equal"] and not found["lost"] and not found["doubled"] else 1
+    return 0 if is_unharmed(found) else 1
 
 
 if __name__ == "__main__":

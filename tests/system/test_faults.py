@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos import ACTIVE, RESTARTING, chaos, summary
+from tests.chaos import ACTIVE, RESTARTING, chaos, is_unharmed, summary
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,7 @@ KILLS = 30
 
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     found = summary(tmp_path, chaos(tmp_path, KILLS, seed=0))
-    assert (found["kills"], found["lost"], found["doubled"], found["bitwise_equal"]) == (KILLS, 0, 0, True)
-    assert found["trained_once"] == found["prompts"]
+    assert found["kills"] == KILLS and is_unharmed(found), found
     assert len({*ACTIVE, *RESTARTING} & set(found["kills_while"])) >= 4, found
     assert set(found["killed"]) == {"driver", "rollout", "teacher", "learner"}, found
 
