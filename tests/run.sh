@@ -24,12 +24,12 @@ if [[ ${1:-} == tests ]]; then
     shift
     if (($#)); then
         step "pytest" "$BIN/python" -m pytest --durations=15 "$@"
-    else  # unit tests take one core, the others wait for processes to start half of the time
+    else  # side by side: whole runs wait for their processes to start half of the time
         log=$(mktemp)
-        "$BIN/python" -m pytest --durations=5 tests/unit >"$log" 2>&1 &
-        unit=$!
-        step "pytest, the rest" "$BIN/python" -m pytest -m "not long" --durations=30 tests/integration tests/system
-        step "pytest, unit" wait "$unit"
+        "$BIN/python" -m pytest -m "not long" --durations=20 tests/unit tests/integration >"$log" 2>&1 &
+        others=$!
+        step "pytest, runs" "$BIN/python" -m pytest -m "not long" --durations=20 tests/system
+        step "pytest, others" wait "$others"
         cat "$log" && rm "$log"
     fi
 fi
