@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.report import FOLDER, Row, is_met, machine, versions
+from bench.report import FOLDER, Row, is_met, versions
+from topd_ray.provenance import machine
 
 PARTS = {"transport": 20, "loss": 195, "packing": 55, "end_to_end": 330}
 """`bench.<part>.measure()` gives the rows; seconds it may take. Together less than ten minutes."""

@@ -14,7 +14,8 @@ from bench.__main__ import table
 from bench.asynchronous import cases
 from bench.asynchronous.cases import BALANCED, LONG_TAIL, MANY, SLOW_LEARNER, SLOW_WRITERS
 from bench.asynchronous.run import Seen, run
-from bench.report import FOLDER, Row, is_met, machine, versions
+from bench.report import FOLDER, Row, is_met, versions
+from topd_ray.provenance import machine
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- make bench-async: begin -->\n", "<!-- make bench-async: end -->\n"

@@ -10,7 +10,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from topd_ray.config.schema import Section, TopdConfig
+from topd_ray.config.schema import TopdConfig
+from topd_ray.config.section import Section
 
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null (unset)"}
 

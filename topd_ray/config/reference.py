@@ -10,7 +10,7 @@ DEFAULT_PATH = Path("docs/config.md")
 _HEAD = """# Configuration
 
 Every field of a run's YAML file. Generated from the schema by `python -m topd_ray.config.reference`; edit
-`topd_ray/config/schema.py` instead of this page.
+`topd_ray/config/schema.py` (studies: `study_schema.py`) instead of this page.
 
 Any field can be set on the command line: `topd run jobs/demo.yaml run.steps=10 learner.learning_rate=1e-5`. Values are
 YAML 1.2. Keys that do not exist, values of another type, values out of range and contradictions are errors.

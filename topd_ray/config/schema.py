@@ -6,28 +6,14 @@ Nothing here imports torch, Ray or vLLM: a config is checked before any of them 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from topd_ray.config.contradictions import ContradictionError, contradictions
-from topd_ray.config.text import expanded
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Dtype = Literal["float32", "bfloat16"]
-PathText = Annotated[str, AfterValidator(expanded)]
-"""A path whose leading ~ is the home folder from here on, or a name that is none."""
+from topd_ray.config.section import DecayRate, Dtype, Fraction, PathText, PositiveInt, Section
+from topd_ray.config.study_schema import StudiesConfig
 
 MIN_OBJECT_STORE_BYTES = 75 * 1024**2
 """Ray's own OBJECT_STORE_MINIMUM_MEMORY_BYTES."""
-
-
-class Section(BaseModel):
-    """A part of the config: frozen, strict about types, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class RunConfig(Section):
@@ -392,6 +378,7 @@ class TopdConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    studies: StudiesConfig = StudiesConfig()
 
     @property
     def batch_size(self) -> int:

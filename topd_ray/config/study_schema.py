@@ -1,0 +1,50 @@
+"""The config of the paper's experiments: `topd probe` and `topd study`. Part of the schema of a run (schema.py)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from topd_ray.config.section import PositiveInt, Section
+
+
+class ProbeConfig(Section):
+    """`topd probe`: the near futures of high-loss, random and low-loss positions."""
+
+    num_trajectories: PositiveInt = 256
+    """Student rollouts to look at; of each, as many positions of every kind as it has candidates."""
+    num_examples: PositiveInt = 8
+    """Most striking false alarms, and real forks, written out to read."""
+
+
+class LocalCorrectionConfig(Section):
+    """`topd study local-correction`: a few updates at one divergent point, then the continuation drawn again."""
+
+    num_points: PositiveInt = 200
+    """Real divergent points, each corrected from the same weights."""
+    num_updates: PositiveInt = 5
+    """Updates on the window of a point (the paper's M)."""
+    num_redraws: PositiveInt = 4
+    """Continuations drawn after the updates, whose distances to the teacher's are averaged."""
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """AdamW's rate for these updates; unset: learner.learning_rate."""
+
+
+class ArmsConfig(Section):
+    """`topd study ablation` and `topd study sweep`: whole runs that differ in a few fields, paired by seed."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
+    """Values of run.seed; every arm is run with each."""
+    only: tuple[str, ...] = ()
+    """Names of the arms to run; empty: all."""
+    more: dict[str, tuple[str, ...]] = {}
+    """Arms of your own beside the built-in ones: name -> overrides, for instance `{wide: [near_future.window=100]}`."""
+    runs_at_once: PositiveInt = 1
+    """Runs at a time on this machine; each is a process of its own, with `--inline` if there are several."""
+
+
+class StudiesConfig(Section):
+    """The paper's experiments on this pair. `topd run` does not read this section."""
+
+    probe: ProbeConfig = ProbeConfig()
+    local_correction: LocalCorrectionConfig = LocalCorrectionConfig()
+    arms: ArmsConfig = ArmsConfig()

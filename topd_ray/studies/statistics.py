@@ -1,0 +1,94 @@
+"""Figures with 95 % bootstrap intervals, and what correlates with what."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from topd_ray.errors import DataError
+
+Floats = NDArray[np.float64]
+RESAMPLES = 2000
+TAIL = 0.025
+FEWEST = 20
+"""Observations below which no interval is computed: a bootstrap of fewer promises what it cannot hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A figure, and the middle 95 % of its bootstrap distribution; None where there were too few observations."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def bootstrap(statistic: Callable[..., float], *columns: Sequence[float] | Floats, seed: int = 0) -> Interval:
+    """`statistic(*columns)` with its percentile interval over 2,000 resamples of rows.
+
+    Rows are drawn together from all columns, so paired data stay paired. Resamples on which the statistic is not finite
+    (a constant column has no correlation) are left out. The interval is None below 20 rows, or if half of the resamples
+    are left out. Raises DataError for no rows, or columns of different lengths.
+    """
+    arrays = [np.asarray(column, np.float64) for column in columns]
+    num_rows = arrays[0].size
+    if num_rows == 0 or any(array.shape != (num_rows,) for array in arrays):
+        raise DataError(f"columns: shapes {[array.shape for array in arrays]}, want equally long ones of at least 1")
+    value = float(statistic(*arrays))
+    if num_rows < FEWEST:
+        return Interval(value=value, low=None, high=None, n=num_rows)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(num_rows, size=num_rows) for _ in range(RESAMPLES))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = np.array([statistic(*(array[rows] for array in arrays)) for rows in draws])
+    return _interval(value, values, num_rows)
+
+
+def bootstrap_groups(statistic: Callable[..., float], *groups: Sequence[float] | Floats, seed: int = 0) -> Interval:
+    """`statistic(*groups)` of independent groups, each resampled by itself; n is the size of the smallest."""
+    arrays = [np.asarray(group, np.float64) for group in groups]
+    smallest = min(array.size for array in arrays)
+    if smallest == 0:
+        raise DataError(f"groups: sizes {[array.size for array in arrays]}, want at least 1 each")
+    value = float(statistic(*arrays))
+    if smallest < FEWEST:
+        return Interval(value=value, low=None, high=None, n=smallest)
+    rng = np.random.default_rng(seed)
+    values = np.array(
+        [statistic(*(array[rng.integers(array.size, size=array.size)] for array in arrays)) for _ in range(RESAMPLES)]
+    )
+    return _interval(value, values, smallest)
+
+
+def pearson(x: Floats, y: Floats) -> float:
+    """Linear correlation; NaN if one of the two is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else float("nan")
+
+
+def spearman(x: Floats, y: Floats) -> float:
+    """Correlation of ranks, ties at their mean rank; NaN if one of the two is constant."""
+    return pearson(rankdata(x), rankdata(y))
+
+
+def area_under_roc(positive: Floats, negative: Floats) -> float:
+    """Probability that a positive's score exceeds a negative's, ties counted as halves."""
+    ranks = rankdata(np.concatenate([positive, negative]))
+    wins = float(ranks[: positive.size].sum()) - positive.size * (positive.size + 1) / 2
+    return wins / (positive.size * negative.size)
+
+
+def _interval(value: float, values: Floats, num_rows: int) -> Interval:
+    finite = values[np.isfinite(values)]
+    if finite.size < RESAMPLES / 2:
+        return Interval(value=value, low=None, high=None, n=num_rows)
+    low, high = np.quantile(finite, [TAIL, 1 - TAIL])
+    return Interval(value=value, low=float(low), high=float(high), n=num_rows)
