@@ -1,0 +1,74 @@
+"""Tables of figures, and the page made of all studies."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from topd_ray.config.load import dump_config, load_config
+from topd_ray.errors import ConfigError
+from topd_ray.studies.report import write_report
+from topd_ray.studies.results import Results, save_results
+from topd_ray.studies.statistics import Interval
+from topd_ray.studies.tables import Table, shown
+
+TABLE = Table(title="Distances", columns=("positions", "ours", "paper"), rows=[("high | loss", "0.5", "0.566")])
+
+
+def save(folder: Path, study: str) -> None:
+    save_results(
+        folder,
+        Results(
+            study=study,
+            command=f"topd {study} jobs/demo.yaml",
+            seeds=(0, 1),
+            seconds=120.0,
+            figures={"median": Interval(value=0.5, low=None, high=None, n=3).to_json()},
+            tables=[TABLE],
+            pictures=["scatter.png"],
+            notes=["too few positions for an interval: 3"],
+            config=dump_config(load_config(Path("jobs/demo.yaml"))),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("figure", "unit", "text"),
+    [
+        (0.5664, "", "0.566"),
+        (Interval(value=0.5, low=0.25, high=0.75, n=30), "", "0.500 [0.250, 0.750]"),
+        (Interval(value=0.5, low=0.25, high=0.75, n=30), "%", "50.0 % [25.0, 75.0]"),
+        (Interval(value=0.5, low=None, high=None, n=3), "%", "50.0 %"),
+        (Interval(value=1.5, low=1.0, high=2.0, n=30), "s", "1.500 s [1.000, 2.000]"),
+        (None, "%", "-"),
+        (float("nan"), "", "-"),
+    ],
+)
+def test_a_figure_is_shown(figure: Interval | float | None, unit: str, text: str) -> None:
+    assert shown(figure, unit) == text
+
+
+def test_a_table_is_aligned_and_its_bars_are_escaped() -> None:
+    assert TABLE.text().splitlines() == ["Distances", "positions    ours  paper", "high | loss   0.5  0.566"]
+    assert TABLE.markdown().splitlines()[-1] == "| high \\| loss | 0.5 | 0.566 |"
+
+
+def test_the_page_holds_every_study_in_order_with_its_reading(tmp_path: Path) -> None:
+    save(tmp_path / "studies" / "ablation", "ablation")
+    save(tmp_path / "studies" / "probe", "probe")
+    (tmp_path / "studies" / "probe" / "reading.md").write_text("Futures part rarely.\n")
+    write_report(tmp_path / "studies", tmp_path / "docs" / "results.md")
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert page.index("## probe") < page.index("Futures part rarely.") < page.index("0.566") < page.index("## ablation")
+    assert "](../studies/probe/scatter.png)" in page and "- too few positions for an interval: 3" in page
+    assert "`topd probe jobs/demo.yaml`" in page and "seeds 0, 1, 2 minutes" in page
+    assert "student `topd_ray/demo/pair/student`" in page
+
+
+def test_no_study_and_a_torn_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found no"):
+        write_report(tmp_path, tmp_path / "results.md")
+    save(tmp_path / "probe", "probe")
+    (tmp_path / "probe" / "results.json").write_text(json.dumps({"study": "probe"})[:-3])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        write_report(tmp_path, tmp_path / "results.md")

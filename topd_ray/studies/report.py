@@ -1,0 +1,66 @@
+"""docs/results.md, made from every `studies/*/results.json`: `topd study report`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topd_ray.config import yaml12
+from topd_ray.errors import ConfigError
+from topd_ray.pipeline.checkpoint import write_whole
+from topd_ray.studies.results import RESULTS, load_results
+from topd_ray.studies.tables import Table
+
+READING = "reading.md"
+"""Beside results.json: what a person concludes from the figures, put below them as it is."""
+ORDER = ("probe", "local-correction", "ablation", "sweep")
+_HEAD = """# Results
+
+What the paper's experiments give on the pairs that run here. Made by `topd study report` from `studies/*/results.json`
+and the `reading.md` beside it; edit neither this page nor the figures. Brackets hold 95 % intervals. "Paper" is
+arXiv 2606.00305v1, whose models are three thousand times larger: its numbers stand beside ours for their order, not for
+their size.
+"""
+
+
+def write_report(studies: Path, page: Path) -> list[Path]:
+    """Write `page` from the studies below the folder; returns those in it. Raises ConfigError where there are none."""
+    folders = sorted((path.parent for path in studies.glob(f"*/{RESULTS}")), key=_place)
+    if not folders:
+        raise ConfigError(f"{studies}: found no */{RESULTS}, right would be a folder in which studies ended")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    to_studies = os.path.relpath(studies, page.parent)
+    parts = [_section(folder, load_results(folder), f"{to_studies}/{folder.name}") for folder in folders]
+    write_whole(page, "\n".join([_HEAD, *parts]))
+    return folders
+
+
+def _place(folder: Path) -> tuple[int, str]:
+    study = load_results(folder)["study"]
+    return (ORDER.index(study) if study in ORDER else len(ORDER), folder.name)
+
+
+def _section(folder: Path, document: Mapping[str, Any], link: str) -> str:
+    lines = [f"## {folder.name}", ""]
+    if (folder / READING).exists():
+        lines += [(folder / READING).read_text().strip(), ""]
+    for table in document["tables"]:
+        lines += [Table.from_json(table).markdown(), ""]
+    for name in document["pictures"]:
+        lines += [f"![{folder.name}: {Path(name).stem}]({link}/{name})", ""]
+    if document["notes"]:
+        lines += [*(f"- {note}" for note in document["notes"]), ""]
+    return "\n".join([*lines, _provenance(document), ""])
+
+
+def _provenance(document: Mapping[str, Any]) -> str:
+    machine, versions = document["machine"], document["versions"]
+    place = machine["gpu"] or machine["cpu"]
+    seeds: Sequence[int] = document["seeds"]
+    config = yaml12.parse(document["config"], RESULTS)
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
+    return (
+        f"`{document['command']}`, commit {document['commit']}, seeds {', '.join(map(str, seeds))}, "
+        f"{document['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {place}; "
+        f"student `{config['student']['model']}`, teacher `{config['teacher']['model']}`; {packages}."
+    )
