@@ -1,9 +1,10 @@
-"""The command line: `topd run`, `topd submit`, `topd eval`, `topd doctor`.
+"""The command line: `topd run`, `topd submit`, `topd eval`, `topd probe`, `topd doctor`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
 """
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -91,6 +92,16 @@ def eval_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def probe_command(args: argparse.Namespace) -> int:
+    """Compare the near futures of student and teacher from high-loss, random and low-loss positions."""
+    config = load_config(args.config, args.overrides)
+    check_inputs(config, training=False)
+    from topd_ray.studies.probe import probe
+
+    probe(config, args.out, shlex.join(["topd", "probe", str(args.config), *args.overrides]), Say())
+    return 0
+
+
 def doctor_command(args: argparse.Namespace) -> int:
     """Tell what this machine has and lacks, or whether a run folder is well."""
     from topd_ray.doctor.finding import show
@@ -162,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
     evaluate.set_defaults(command=eval_command)
+    probe = commands.add_parser(
+        "probe", help="where the futures part", description=probe_command.__doc__, allow_abbrev=False
+    )
+    _config_arguments(probe)
+    probe.add_argument("--out", type=Path, default=Path("studies/probe"), help="its folder (default: studies/probe)")
+    probe.set_defaults(command=probe_command)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
