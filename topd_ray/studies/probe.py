@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 EXAMPLES = "examples.md"
 UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
-    *("data.heldout", "data.arithmetic.num_heldout", "near_future.false_alarm_quantile", "near_future.transport"),
+    *("data.heldout", "data.arithmetic.num_heldout"),
+    *("near_future.transport", "near_future.false_alarm_quantile", "near_future.quantile_window"),
     *("objective", "learner", "buffer", "pipeline", "faults", "weights", "evaluation", "metrics", "resources"),
     *("teacher.verify", "teacher.num_workers", "rollout.num_workers", "rollout.prompts_per_step"),
     *("studies.probe.num_examples", "studies.local_correction", "studies.arms"),
@@ -114,7 +115,7 @@ def _conclude(
     examples = find_examples(
         table,
         probed,
-        figures.low_quartile.value,
+        config.near_future.false_alarm_quantile,
         config.studies.probe.num_examples,
         {one.trajectory_id: one for index in range(rollouts.num_parts) for one in rollouts.read(index)},
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
@@ -144,6 +145,7 @@ def tables(figures: Figures) -> list[Table]:
         paper = shown(PAPER["median_distance"][kind])
         lines.append((f"median distance, {name}", shown(figures.median_distance[kind]), paper))
         lines.append((f"mean distance, {name}", shown(figures.mean_distance[kind]), "-"))
+        lines.append((f"distance 0, {name}", shown(figures.zero_share[kind], "%"), "-"))
     share = shown(PAPER["false_alarm_share"], "%", 4)
     lines.append(("false alarms among high-loss positions", shown(figures.false_alarm_share, "%"), share))
     over = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}

@@ -41,19 +41,19 @@ class Example:
 def find_examples(
     rows: pa.Table,
     probed: Probed,
-    false_alarms_below: float,
+    quantile: float,
     num: int,
     trajectory_of: Mapping[str, Trajectory],
     decode: Decode,
 ) -> list[Example]:
     """`num` high-loss positions of either sort, at most one of a prompt, the most striking first.
 
-    False alarms: of the distances below `false_alarms_below`, those with the largest rank of loss minus rank of
-    distance. Real forks: of the others, those with the largest sum of both ranks. Ranks are among all high losses.
+    False alarms, as in training the distances up to their `quantile`: the largest rank of loss minus rank of distance.
+    Real forks, all others: the largest sum of both ranks. Ranks are among all high-loss positions.
     """
     high = np.flatnonzero(probed.of_kind("high"))
     loss_rank, distance_rank = rankdata(probed.loss[high]), rankdata(probed.distance[high])
-    is_alarm = probed.distance[high] < false_alarms_below
+    is_alarm = probed.distance[high] <= np.quantile(probed.distance[high], quantile)
     sorts: tuple[tuple[Sort, Floats], ...] = (
         ("false alarm", np.where(is_alarm, loss_rank - distance_rank, -np.inf)),
         ("real fork", np.where(is_alarm, -np.inf, loss_rank + distance_rank)),

@@ -91,6 +91,8 @@ class Figures:
     """trajectories, positions and windows, see `count`"""
     median_distance: Mapping[Kind, Interval]
     mean_distance: Mapping[Kind, Interval]
+    zero_share: Mapping[Kind, Interval]
+    """share of distances of 0: the same tokens, in any order"""
     low_quartile: Interval
     """upper quartile of the low-loss distances"""
     false_alarm_share: Interval
@@ -136,6 +138,7 @@ def find_figures(probed: Probed, config: TopdConfig) -> Figures:
         counts=counts,
         median_distance={kind: over(rows, _median, probed.distance) for kind, rows in kinds.items()},
         mean_distance={kind: over(rows, _mean, probed.distance) for kind, rows in kinds.items()},
+        zero_share={kind: over(rows, _mean, probed.distance == 0.0) for kind, rows in kinds.items()},
         low_quartile=quartile,
         false_alarm_share=over(contrast, false_alarm_share, probed.distance, kinds["high"]),
         pearson={
