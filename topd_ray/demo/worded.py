@@ -10,7 +10,7 @@ Each line does one operation, says its value, and writes the expression that is 
 
 What a writer is free in:
 - wording, harmless: the opening, an optional filler, the operation in signs or in words, and the link. They are of one
-  to three tokens, so two wordings of the same step shift all that follows.
+  to four tokens, so two wordings of the same step shift all that follows.
 - the choice of the operation, a real fork: any innermost one may be next.
 
 A word and the space behind it are one piece; a space before it belongs to it as well where a number precedes.

@@ -6,8 +6,8 @@ vanish, and those between a value and what is left become one `>`:
     now we do 6 minus 9 is -3 leaves (5*4)--3   ->   6-9=-3>(5*4)--3
     #### 17<|im_end|>                           ->   #17$
 
-Two continuations of one prefix agree if their meanings do, as far as both go. Where they first differ, both may be right
-(another operation is done next), or at least one of them is wrong.
+Two continuations of one prefix agree if their meanings do, as far as both go. Where they first differ, both may be
+right (another operation is done next), or at least one of them is wrong.
 
 A solution goes on from the expression that its last line left, right or wrong; after a line that leaves none, nothing
 is right any more.
@@ -33,7 +33,7 @@ _SYMBOLS = {
     ANSWER_MARKER: _ANSWER,
     _END: _STOP,
 }
-_HARMLESS = {piece.strip() for words in (*OPENINGS, *FILLERS, *LINKS) for piece in pieces_of(f"{words} ")}
+_HARMLESS = {piece.strip() for words in (*OPENINGS, *FILLERS, *LINKS) if words for piece in pieces_of(f"{words} ")}
 
 
 def meaning(text: str) -> str:
@@ -65,8 +65,8 @@ def label(expression: str, prefix: str, student: str, teacher: str) -> Label:
     """What it means that student and teacher go on from `prefix` as they do.
 
     `harmless`: the meanings agree as far as both go, and both say something; `undecided`: they agree, but at least one
-    is nothing but wording; `choice`: where they first differ, both do an operation that can be done next; `error`: where
-    they first differ, at least one of them is wrong.
+    is nothing but wording; `choice`: where they first differ, both do an operation that can be done next; `error`:
+    where they first differ, at least one of them is wrong.
 
     Args:
         expression: the prompt's.
