@@ -320,6 +320,9 @@ class EvaluationConfig(Section):
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling."""
+    sampled_runs: Annotated[int, Field(ge=0)] = 0
+    """Answers per prompt of one more evaluation of the student, before the first update and after the last one, drawn
+    as rollouts are (`rollout.temperature`, `rollout.top_p`); 0: none."""
     max_new_tokens: PositiveInt | None = None
     """Longest answer (tokens); unset: the rollout's."""
     grader: Literal["arithmetic", "math"] = "arithmetic"
@@ -393,6 +396,13 @@ class TopdConfig(Section):
     def batch_size(self) -> int:
         """Trajectories of one update."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def sampled_evaluation(self) -> EvaluationConfig:
+        """How the student's answers are drawn like rollouts (`evaluation.sampled_runs`)."""
+        rollout = self.rollout
+        drawn = {"num_runs": self.evaluation.sampled_runs, "temperature": rollout.temperature, "top_p": rollout.top_p}
+        return self.evaluation.model_copy(update=drawn)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "TopdConfig":
