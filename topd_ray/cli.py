@@ -1,4 +1,4 @@
-"""The command line: `topd run`, `topd submit`, `topd eval`, `topd probe`, `topd doctor`.
+"""The command line: `topd run`, `topd submit`, `topd eval`, `topd probe`, `topd study`, `topd doctor`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
 """
@@ -8,12 +8,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from topd_ray.config.load import check_inputs, dump_config, load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError, DataError, RunInterrupted, TopdError
+
+_STUDY = "Repeat an experiment of the paper on a pair of your own; the same command goes on where it stopped."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,8 +101,31 @@ def probe_command(args: argparse.Namespace) -> int:
     check_inputs(config, training=False)
     from topd_ray.studies.probe import probe
 
-    probe(config, args.out, shlex.join(["topd", "probe", str(args.config), *args.overrides]), Say())
+    probe(config, args.out, f"topd probe {_shown(args)}", Say())
     return 0
+
+
+def ablation_command(args: argparse.Namespace) -> int:
+    """The paper's ablation: OPD, both caps and TOPD, each with several seeds, from the same student."""
+    return _compare("ablation", args)
+
+
+def sweep_command(args: argparse.Namespace) -> int:
+    """TOPD with one field changed at a time, and cheaper rivals, each with several seeds, from the same student."""
+    return _compare("sweep", args)
+
+
+def _compare(study: Literal["ablation", "sweep"], args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from topd_ray.studies.comparison import compare_arms
+
+    print(compare_arms(study, config, args.out, Say(), command=f"topd study {study} {_shown(args)}"))
+    return 0
+
+
+def _shown(args: argparse.Namespace) -> str:
+    """What was typed, less where the results go."""
+    return shlex.join([str(args.config), *args.overrides])
 
 
 def doctor_command(args: argparse.Namespace) -> int:
@@ -179,9 +205,23 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(probe)
     probe.add_argument("--out", type=Path, default=Path("studies/probe"), help="its folder (default: studies/probe)")
     probe.set_defaults(command=probe_command)
+    study = commands.add_parser("study", help="repeat an experiment of the paper", description=_STUDY)
+    studies = study.add_subparsers(required=True, metavar="STUDY")
+    _study(studies, "ablation", ablation_command)
+    _study(studies, "sweep", sweep_command)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
+    return parser
+
+
+def _study(studies: Any, name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """A subcommand of `topd study` that writes its results to studies/NAME."""
+    text = (command.__doc__ or "").strip()
+    parser: argparse.ArgumentParser = studies.add_parser(name, help=text, description=text, allow_abbrev=False)
+    _config_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("studies") / name, help="folder of results (%(default)s)")
+    parser.set_defaults(command=command)
     return parser
 
 

@@ -15,8 +15,8 @@ from topd_ray.config.schema import NearFutureConfig, ObjectiveConfig
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.grouping import runs_within
-from topd_ray.objective.candidates import select_candidates, token_loss
-from topd_ray.objective.targets import cap_mask, classify, fold_windows, split_targets
+from topd_ray.objective.candidates import random_candidates, select_candidates, token_loss
+from topd_ray.objective.targets import cap_mask, classify, fold_windows, identity_plans, split_targets
 from topd_ray.objective.transport import TransportResult, ground_cost, pad_windows, solve_windows, unit_embeddings
 from topd_ray.types import Float32, GuidedTrajectory, Int32, Int64, TeacherScores, Trajectory, Windows
 
@@ -132,8 +132,12 @@ class LookAhead:
     def _candidates(self, trajectory: Trajectory, scores: TeacherScores) -> Int32:
         if not self._objective.looks_ahead:
             return np.zeros(0, np.int32)
+        fraction, min_distance = self._config.candidate_fraction, self._config.min_distance
+        if self._config.ranking == "random":
+            rng = np.random.default_rng(stable_seed(self._seed, "candidates", trajectory.trajectory_id))
+            return random_candidates(trajectory.num_response_tokens, fraction, rng, min_distance)
         losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, self._config.ranking)
-        return select_candidates(losses_T, self._config.candidate_fraction, self._config.min_distance)
+        return select_candidates(losses_T, fraction, min_distance)
 
     def _fold_group(self, group: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         num_tokens = [asked.trajectory.num_response_tokens for asked in group]
@@ -153,13 +157,21 @@ class LookAhead:
         # A trajectory's windows start at its own offset in the responses laid end to end.
         starts = np.concatenate([asked.positions + offset for asked, offset in zip(group, offsets[:-1], strict=True)])
         guides = divergent if self._objective.method == "topd" else np.zeros_like(divergent)
-        targets = fold_windows(
+        plan, student_lengths, teacher_lengths = (
             compared.solved.plan_MST.numpy()[guides],
+            compared.student_lengths_M[guides],
+            compared.teacher_lengths_M[guides],
+        )
+        if self._config.plan == "identity":
+            plan, student_lengths = identity_plans(student_lengths, teacher_lengths, self._config.window)
+            teacher_lengths = student_lengths
+        targets = fold_windows(
+            plan,
             compared.teacher_ids_MT[guides],
             starts[guides],
             int(offsets[-1]),
-            compared.student_lengths_M[guides],
-            compared.teacher_lengths_M[guides],
+            student_lengths,
+            teacher_lengths,
         )
         ends = np.cumsum([len(asked.positions) for asked in group])[:-1]
         parts = zip(

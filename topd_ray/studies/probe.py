@@ -25,7 +25,7 @@ from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe_examples import examples_page, find_examples
 from topd_ray.studies.probe_figures import PAPER, Figures, Probed, find_figures
 from topd_ray.studies.probe_pictures import draw_pictures
-from topd_ray.studies.probe_rows import KINDS, Prober
+from topd_ray.studies.probe_rows import KINDS, Prober, loss_of
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.rollouts import Rollouts, first_requests
 from topd_ray.studies.tables import Table, shown
@@ -37,7 +37,7 @@ EXAMPLES = "examples.md"
 UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
     *("data.heldout", "data.arithmetic.num_heldout"),
-    *("near_future.transport", "near_future.false_alarm_quantile", "near_future.quantile_window"),
+    *("near_future.transport", "near_future.false_alarm_quantile", "near_future.quantile_window", "near_future.plan"),
     *("objective", "learner", "buffer", "pipeline", "faults", "weights", "evaluation", "metrics", "resources"),
     *("teacher.verify", "teacher.num_workers", "rollout.num_workers", "rollout.prompts_per_step"),
     *("studies.probe.num_examples", "studies.local_correction", "studies.arms"),
@@ -51,6 +51,7 @@ def probe(config: TopdConfig, out: Path, command: str, say: Say) -> Results:
     Goes on where an earlier session stopped. Raises ConfigError for models of different vocabularies and for a folder
     of another config, DataError for prompts that cannot be used and where no position of some kind was found.
     """
+    loss_of(config.near_future)
     check_same_vocabulary(config.student, config.teacher)
     tokenizer = load_tokenizer(config.student)
     requests = first_requests(config, tokenizer, config.studies.probe.num_trajectories, say)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from topd_ray.config.schema import TopdConfig
+from topd_ray.demo.worded_labels import FORKS
 from topd_ray.errors import DataError
 from topd_ray.studies.probe_rows import KINDS, Kind
 from topd_ray.studies.statistics import FEWEST, Floats, Interval, area_under_roc, bootstrap, pearson, spearman
@@ -30,7 +31,6 @@ BIN = 0.02
 CORRELATED = ("all", "high", "random")
 """Positions over which loss and distance are correlated; `all`: those of the three kinds, each once."""
 QUARTILE = 0.75
-FORKS = ("choice", "error")
 DECIDED = ("harmless", *FORKS)
 SCORES = ("distance", "loss", "position_cost")
 """What is compared as a detector of forks."""

@@ -15,8 +15,10 @@ from topd_ray.config.schema import NearFutureConfig
 from topd_ray.engines.look_ahead import LARGEST_GROUP, Compared, compare_windows, continue_candidates
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
+from topd_ray.errors import ConfigError
 from topd_ray.grouping import runs_within
 from topd_ray.objective import select_candidates, token_loss, unit_embeddings
+from topd_ray.objective.candidates import Ranking
 from topd_ray.studies.labelling import Labeller
 from topd_ray.types import Float32, Int32, TeacherScores, Trajectory
 
@@ -57,6 +59,16 @@ class Looked:
     def distinct(self) -> Int32:
         """Ascending."""
         return np.unique(np.concatenate(list(self.kinds.values()))).astype(np.int32)
+
+
+def loss_of(config: NearFutureConfig) -> Ranking:
+    """What ranks the positions. Raises ConfigError where no loss does."""
+    if config.ranking == "random":
+        raise ConfigError(
+            "near_future.ranking: found random, by which no position has a high loss; right would be teacher_nll or "
+            "sampled_kl"
+        )
+    return config.ranking
 
 
 def choose_positions(losses_T: Float32, config: NearFutureConfig, rng: np.random.Generator) -> dict[Kind, Int32]:
@@ -110,7 +122,7 @@ class Prober:
         return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def _choose(self, trajectory: Trajectory, scores: TeacherScores) -> Looked:
-        losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, self._config.ranking)
+        losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, loss_of(self._config))
         rng = np.random.default_rng(stable_seed(self._seed, "probe", trajectory.trajectory_id))
         kinds = choose_positions(losses_T, self._config, rng)
         return Looked(trajectory=trajectory, scores=scores, losses_T=losses_T, kinds=kinds)
