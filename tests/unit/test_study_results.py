@@ -1,0 +1,104 @@
+"""A study's folder is one config's, and its results say where they come from."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from topd_ray.config.load import dump_config, load_config
+from topd_ray.config.schema import TopdConfig
+from topd_ray.errors import ConfigError
+from topd_ray.studies.parts import Parts
+from topd_ray.studies.results import CONFIG, Results, claim_folder, load_results, save_results
+from topd_ray.studies.statistics import Interval
+
+
+def demo(*overrides: str) -> TopdConfig:
+    return load_config(Path("jobs/demo.yaml"), overrides)
+
+
+def test_a_folder_goes_on_with_its_own_config_and_refuses_another(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "new", demo())
+    written = (tmp_path / "new" / CONFIG).read_text()
+    claim_folder(tmp_path / "new", demo())
+    with pytest.raises(ConfigError) as refused:
+        claim_folder(tmp_path / "new", demo("run.seed=3", "near_future.window=9"))
+    message = str(refused.value)
+    assert "near_future.window: 8 there, 9 here" in message and "run.seed: 0 there, 3 here" in message
+    assert "right would be an empty folder" in message and "more" not in message
+    assert (tmp_path / "new" / CONFIG).read_text() == written
+
+
+def test_fields_that_do_not_matter_may_differ(tmp_path: Path) -> None:
+    claim_folder(tmp_path, demo())
+    claim_folder(tmp_path, demo("learner.learning_rate=1e-5", "run.name=other"), ("learner", "run.name"))
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        claim_folder(tmp_path, demo("run.name=other"), ("run.nam",))
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    claim_folder(tmp_path, demo())
+    overrides = [f"rollout.{key}=3" for key in ("prompts_per_step", "samples_per_prompt", "max_new_tokens")]
+    more = [f"learner.{key}=3" for key in ("max_tokens_per_micro_batch", "learning_rate", "gradient_clipping")]
+    with pytest.raises(ConfigError, match="and 2 more"):
+        claim_folder(tmp_path, demo(*overrides, *more[1:], "run.seed=3", "near_future.window=9", "data.shuffle=false"))
+
+
+def test_results_are_read_as_they_were_written_with_their_origin(tmp_path: Path) -> None:
+    median = Interval(value=0.5, low=0.4, high=0.6, n=30)
+    save_results(
+        tmp_path / "study",
+        Results(
+            study="probe",
+            command="topd probe jobs/demo.yaml",
+            seeds=[0],
+            seconds=1.5,
+            figures={"median": median.to_json()},
+            notes=["one"],
+            config=dump_config(demo()),
+        ),
+    )
+    found = load_results(tmp_path / "study")
+    assert found["figures"]["median"] == {"value": 0.5, "low": 0.4, "high": 0.6, "n": 30}
+    assert (found["study"], found["seeds"], found["seconds"], found["notes"]) == ("probe", [0], 1.5, ["one"])
+    assert set(found["machine"]) >= {"cpu", "cores"} and found["versions"]["python"]
+    assert load_config_text(found["config"], tmp_path) == demo()
+
+
+def load_config_text(text: str, folder: Path) -> TopdConfig:
+    (folder / "again.yaml").write_text(text)
+    return load_config(folder / "again.yaml")
+
+
+def test_results_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="right would be a folder in which a study ended"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"study": "probe"})[:-1])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_results(tmp_path)
+
+
+def table(value: int) -> pa.Table:
+    return pa.table({"value": pa.array([value, value], pa.int32())}).replace_schema_metadata({"kind": "a test"})
+
+
+def test_parts_are_whole_or_missing(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "rows", "numbers", 3)
+    assert parts.missing() == [0, 1, 2]
+    parts.write(1, table(1))
+    (tmp_path / "rows" / ".numbers-00000.parquet.tmp").write_bytes(b"half of a part")
+    again = Parts(tmp_path / "rows", "numbers", 3)
+    assert again.missing() == [0, 2]
+    again.write(0, table(0))
+    again.write(2, table(2))
+    assert again.read(1).equals(table(1), check_metadata=True)
+    assert again.read_all().column("value").to_pylist() == [0, 0, 1, 1, 2, 2]
+    assert 0.0 <= again.seconds() < 5.0
+
+
+def test_a_torn_part_is_named(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, "numbers", 1)
+    (tmp_path / "numbers-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigError, match=r"numbers-00000\.parquet cannot be read .* delete it"):
+        parts.read(0)
