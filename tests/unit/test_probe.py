@@ -153,7 +153,7 @@ def test_the_histogram_counts_every_position_once() -> None:
 
 
 def labelled() -> list[dict[str, object]]:
-    """5 forks, 4 of them above 0.2 and one below; 3 harmless ones, one of them below; and two that count for neither."""
+    """5 forks, one of them nearer than 0.2; 3 harmless mismatches, one of them at 0.2; and two undecided ones."""
     decided = {0.1: "error", 0.2: "harmless", 0.4: "harmless", 0.5: "harmless", 0.6: "choice", 0.7: "choice"}
     decided |= {0.8: "error", 0.9: "error"}
     rows = [

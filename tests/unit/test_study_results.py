@@ -41,7 +41,7 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
     claim_folder(tmp_path, demo())
     overrides = [f"rollout.{key}=3" for key in ("prompts_per_step", "samples_per_prompt", "max_new_tokens")]
     more = [f"learner.{key}=3" for key in ("max_tokens_per_micro_batch", "learning_rate", "gradient_clipping")]
-    with pytest.raises(ConfigError, match="and 2 more"):
+    with pytest.raises(ConfigError, match="and 3 more"):
         claim_folder(tmp_path, demo(*overrides, *more[1:], "run.seed=3", "near_future.window=9", "data.shuffle=false"))
 
 
