@@ -101,7 +101,8 @@ def probe_command(args: argparse.Namespace) -> int:
     check_inputs(config, training=False)
     from topd_ray.studies.probe import probe
 
-    probe(config, args.out, f"topd probe {_shown(args)}", Say())
+    results = probe(config, args.out, f"topd probe {_shown(args)}", Say())
+    print("\n\n".join([*(table.text() for table in results.tables), *results.notes]))
     return 0
 
 

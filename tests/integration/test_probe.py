@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from topd_ray.cli import main
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import load_tokenizer
@@ -42,7 +43,7 @@ class Probes:
 def probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probes]:
     root = tmp_path_factory.mktemp("probes")
     config = load_config(Path("jobs/demo.yaml"), OVERRIDES)
-    probe(config, root / "whole", "topd probe jobs/demo.yaml", lambda _: None)
+    assert main(["probe", "jobs/demo.yaml", *OVERRIDES, "--out", str(root / "whole")]) == 0
     said = [stopped(config, root / "resumed", after) for after in ("rollouts-00001", "positions-00000")]
     said.append([])
     probe(config, root / "resumed", "topd probe jobs/demo.yaml", said[-1].append)
@@ -117,6 +118,7 @@ def test_rows_hold_the_windows_from_their_position(probes: Probes) -> None:
 
 
 def test_results_are_plain_json_with_every_figure(probes: Probes) -> None:
+    assert load_results(probes.whole)["command"] == " ".join(["topd probe jobs/demo.yaml", *OVERRIDES])
     found = json.loads((probes.whole / "results.json").read_text(), parse_constant=pytest.fail)
     figures = found["figures"]
     assert figures["counts"]["trajectories"] == 22 and figures["counts"]["prompts"] == 22

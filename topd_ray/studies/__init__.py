@@ -5,4 +5,7 @@
 | `results` | a study's folder: results.json, and whose it is |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
 | `pictures` | the common look of the pictures |
+| `rollouts`, `parts` | student rollouts, kept in Parquet parts that are whole or not there |
+| `labelling` | what a mismatch means, where that is known by construction |
+| `probe` | `topd probe`; its rows, figures, examples and pictures in `probe_*` |
 """

@@ -61,10 +61,6 @@ def probe(config: TopdConfig, out: Path, command: str, say: Say) -> Results:
     rollouts.draw(config, say)
     _look(config, tokenizer, rollouts, rows, say)
     results = _conclude(config, tokenizer, rollouts, rows, out, command)
-    for table in results.tables:
-        say(f"\n{table.text()}\n")
-    for note in results.notes:
-        say(note)
     say(f"{out}/: results.json, {EXAMPLES}, {', '.join(results.pictures)}; memory up to {_peak_gib():.1f} GiB")
     return results
 
