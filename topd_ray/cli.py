@@ -1,9 +1,10 @@
-"""The command line: `topd run`, `topd submit`, `topd eval`, `topd doctor`.
+"""The command line: `topd run`, `topd submit`, `topd eval`, `topd study`, `topd doctor`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
 """
 
 import argparse
+import shlex
 import signal
 import sys
 import time
@@ -91,6 +92,17 @@ def eval_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def local_correction_command(args: argparse.Namespace) -> int:
+    """Repeat the paper's local correction: a few updates at one divergent point, then the continuation drawn again."""
+    config = load_config(args.config, args.overrides)
+    check_inputs(config, training=False)
+    from topd_ray.studies.local_correction import local_correction
+
+    command = shlex.join(["topd", "study", "local-correction", str(args.config), *args.overrides])
+    local_correction(config, args.out, command, Say())
+    return 0
+
+
 def doctor_command(args: argparse.Namespace) -> int:
     """Tell what this machine has and lacks, or whether a run folder is well."""
     from topd_ray.doctor.finding import show
@@ -162,10 +174,27 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
     evaluate.set_defaults(command=eval_command)
+    _study_parser(commands)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
     return parser
+
+
+def _study_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    study = commands.add_parser("study", help="repeat an experiment of the paper", allow_abbrev=False)
+    studies = study.add_subparsers(required=True, metavar="STUDY")
+    local = studies.add_parser(
+        "local-correction",
+        help="what a few updates at a divergent point leave of it",
+        description=local_correction_command.__doc__,
+        allow_abbrev=False,
+    )
+    _config_arguments(local)
+    local.add_argument(
+        "--out", type=Path, default=Path("studies/local-correction"), help="folder (default: %(default)s)"
+    )
+    local.set_defaults(command=local_correction_command)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,201 @@
+"""Figures, tables and the picture of `topd study local-correction`, from its rows.
+
+Axes: P points, R learning rates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from topd_ray.config.schema import TopdConfig
+from topd_ray.studies.divergent_points import Counts, Point
+from topd_ray.studies.pictures import BLUE, GREY, RED, picture
+from topd_ray.studies.statistics import FEWEST, Floats, Interval, bootstrap
+from topd_ray.studies.tables import Table, shown
+
+BEFORE = "before"
+NAMES = {"opd": "OPD", "topd": "TOPD", "identity": "TOPD, the identity as plan"}
+PAPER = {"rollout": 0.538, "opd": 0.350, "topd": 0.204, "ratio": 0.204 / 0.350}
+"""The paper's figure 5; it does not say whether its "before" is the rollout's own window, or drawn again."""
+COLOURS = {"opd": BLUE, "topd": RED, "identity": "#edae49"}
+Kind = Literal["distance", "greedy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one arm left of one point."""
+
+    point: int
+    """its number"""
+    name: str
+    """trajectory@position"""
+    arm: str
+    """`before`, `opd`, `topd` or `identity`"""
+    learning_rate: float
+    """0 for `before`"""
+    distance: float
+    """mean over the continuations drawn again, to the teacher's window"""
+    greedy: float
+    """of the student's most likely continuation"""
+    losses: list[float]
+    """before each update (nats a token)"""
+
+
+def columns_of(rows: Sequence[Row], kind: Kind) -> dict[tuple[str, float], Floats]:
+    """[P] distances by arm and learning rate, in the order of the points."""
+    columns: dict[tuple[str, float], list[float]] = {}
+    for row in sorted(rows, key=lambda row: row.point):
+        columns.setdefault((row.arm, row.learning_rate), []).append(getattr(row, kind))
+    return {key: np.asarray(column) for key, column in columns.items()}
+
+
+def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[float]) -> dict[str, Any]:
+    """Means with 95 % intervals over points; those of `rates` are by learning rate, for both kinds of continuation.
+
+    Of a rate: the mean that each arm leaves, `topd_minus_opd` and `identity_minus_topd` (paired), `ratio` (mean left by
+    TOPD over mean left by OPD), the shares of points at which TOPD leaves less (`nearer`) and more (`farther`).
+    `best_ratio`: the same ratio with either method at the rate that suits it best, which is chosen again in each
+    resample.
+    """
+    figures: dict[str, Any] = {
+        "num_points": len(points),
+        "rollout": bootstrap(_mean, [point.distance for point in points]),
+        "teacher_again": bootstrap(_mean, [point.teacher_again for point in points]),
+    }
+    kinds: tuple[Kind, ...] = ("distance", "greedy")
+    for kind in kinds:
+        columns = columns_of(rows, kind)
+        opd, topd = ([columns[arm, rate] for rate in rates] for arm in ("opd", "topd"))
+        figures[kind] = {
+            BEFORE: bootstrap(_mean, columns[BEFORE, 0.0]),
+            "rates": {rate: _of_rate({arm: columns[arm, rate] for arm in NAMES}) for rate in rates},
+            "best_ratio": bootstrap(_best_ratio, *opd, *topd),
+        }
+    return figures
+
+
+def _of_rate(left: Mapping[str, Floats]) -> dict[str, Interval]:
+    difference = left["topd"] - left["opd"]
+    return {
+        **{arm: bootstrap(_mean, left[arm]) for arm in NAMES},
+        "topd_minus_opd": bootstrap(_mean, difference),
+        "identity_minus_topd": bootstrap(_mean, left["identity"] - left["topd"]),
+        "ratio": bootstrap(_ratio, left["topd"], left["opd"]),
+        "nearer": bootstrap(_mean, (difference < 0).astype(np.float64)),
+        "farther": bootstrap(_mean, (difference > 0).astype(np.float64)),
+    }
+
+
+def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Table]:
+    """The paper's figure beside ours at `rate`, and all rates."""
+    sampled = figures["distance"]
+    ours = sampled["rates"][rate]
+    beside = [
+        ("the rollout's own window", figures["rollout"], PAPER["rollout"]),
+        ("drawn again before", sampled[BEFORE], None),
+        ("after OPD", ours["opd"], PAPER["opd"]),
+        ("after TOPD", ours["topd"], PAPER["topd"]),
+        ("after TOPD, the identity as plan", ours["identity"], None),
+        ("the teacher, drawn again", figures["teacher_again"], None),
+        ("TOPD / OPD", ours["ratio"], PAPER["ratio"]),
+        ("TOPD - OPD, paired", ours["topd_minus_opd"], PAPER["topd"] - PAPER["opd"]),
+        ("identity - TOPD, paired", ours["identity_minus_topd"], None),
+    ]
+    num_points = figures["num_points"]
+    title = f"OT distance to the teacher's {window} tokens at {num_points} divergent points, learning rate {rate:g}"
+    first = Table(
+        title=title,
+        columns=["", "this pair", "paper"],
+        rows=[[label, shown(value), shown(paper)] for label, value, paper in beside],
+    )
+    return [
+        first,
+        _by_rate("Left by learning rate, continuations drawn again", sampled),
+        _by_rate("Left by learning rate, greedy continuations", figures["greedy"]),
+    ]
+
+
+def _by_rate(title: str, figures: Mapping[str, Any]) -> Table:
+    columns = ["learning rate", "OPD", "TOPD", "identity", "TOPD / OPD", "TOPD - OPD", "nearer, farther"]
+    rows = [["none", *[shown(figures[BEFORE])] * 3, "", "", ""]]
+    for rate, found in figures["rates"].items():
+        shares = f"{shown(found['nearer'].value, '%')}, {shown(found['farther'].value, '%')}"
+        keys = ("opd", "topd", "identity", "ratio", "topd_minus_opd")
+        rows.append([f"{rate:g}", *(shown(found[key]) for key in keys), shares])
+    rows.append(["each at its best", "", "", "", shown(figures["best_ratio"]), "", ""])
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def notes_of(config: TopdConfig, points: Sequence[Point], counts: Counts) -> list[str]:
+    """What a reader must know of how the points came about."""
+    study = config.studies.local_correction
+    notes = [
+        f"{len(points)} points of {counts.num_trajectories} rollouts; {counts.num_candidates} candidates, divergent "
+        f"above {counts.threshold:.3f}; {study.num_updates} updates on "
+        + ("windows drawn anew before each." if study.redraw_window else "the rollout's own window.")
+    ]
+    if len(points) < study.num_points:
+        notes.append(f"No more than {len(points)} of {study.num_points} points were found.")
+    if len(points) < FEWEST:
+        notes.append(f"No intervals: {len(points)} points, and fewer than {FEWEST} promise too much.")
+    if counts.num_cut:
+        notes.append(f"{counts.num_cut} candidates left out: the length limit cuts their window short.")
+    return notes
+
+
+def draw_picture(path: Path, rows: Sequence[Row], figures: Mapping[str, Any], rate: float) -> None:
+    """Distances before and after at `rate`, each point a dot, means as bars; and the means by learning rate."""
+    columns, sampled = columns_of(rows, "distance"), figures["distance"]
+    order = [(BEFORE, 0.0), *((arm, rate) for arm in NAMES)]
+    with picture(path, columns=2) as (strip, by_rate):
+        rng = np.random.default_rng(0)
+        for place, key in enumerate(order):
+            values = columns[key]
+            colour = COLOURS.get(key[0], GREY)
+            strip.boxplot(
+                values, positions=[place], widths=0.6, showfliers=False, medianprops={"color": colour, "alpha": 0.0}
+            )
+            strip.plot(place + rng.uniform(-0.22, 0.22, values.size), values, ".", color=colour, alpha=0.35, ms=4)
+            strip.plot([place - 0.3, place + 0.3], [values.mean()] * 2, color="black", lw=2)
+            strip.annotate(f"{values.mean():.3f}", (place + 0.32, values.mean()), va="center", fontsize=8)
+        strip.set_xticks(range(len(order)), ["before", "OPD", "TOPD", "TOPD,\nidentity"])
+        strip.set_xlim(-0.6, len(order) - 0.2)
+        strip.set_ylabel("OT distance to the teacher's window")
+        strip.set_title(f"{figures['num_points']} divergent points, bars are means", fontsize=9)
+        rates = list(sampled["rates"])
+        for arm, label in NAMES.items():
+            found = [sampled["rates"][one][arm] for one in rates]
+            by_rate.plot(rates, [one.value for one in found], "o-", color=COLOURS[arm], label=label)
+            if found[0].low is not None:
+                by_rate.fill_between(
+                    rates, [one.low for one in found], [one.high for one in found], color=COLOURS[arm], alpha=0.15, lw=0
+                )
+        for label, figure, style in (
+            ("drawn again before", sampled[BEFORE], "--"),
+            ("the teacher, drawn again", figures["teacher_again"], ":"),
+        ):
+            by_rate.axhline(figure.value, color=GREY, ls=style, label=label)
+        by_rate.set_xscale("log")
+        by_rate.set_xticks(rates, [f"{one:g}" for one in rates])
+        by_rate.minorticks_off()
+        by_rate.set_xlabel("learning rate")
+        by_rate.set_ylim(bottom=0)
+        by_rate.legend(fontsize=7)
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())
+
+
+def _ratio(left: Floats, of: Floats) -> float:
+    """NaN where nothing is left of the other: a bootstrap passes over that."""
+    return float(left.mean() / of.mean()) if of.mean() > 0 else float("nan")
+
+
+def _best_ratio(*columns: Floats) -> float:
+    """The first half of the columns is OPD's, by learning rate, the second TOPD's."""
+    means = np.reshape([column.mean() for column in columns], (2, -1)).min(1)
+    return float(means[1] / means[0]) if means[0] > 0 else float("nan")
