@@ -21,6 +21,7 @@ from ray import cloudpickle
 
 from topd_ray import errors
 from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, RolloutChunk
+from topd_ray.config.schema import EvaluationConfig
 from topd_ray.errors import PayloadLostError
 from topd_ray.types import Completions, Metric, Prompt, RolloutRequest, UpdateReport
 from topd_ray.weights.bundle import WeightsBundle
@@ -111,7 +112,7 @@ class Rollout(StandIn):
             version=newest.version, num_tensors=1, num_bytes=newest.num_bytes, checksum=newest.checksum
         )
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+    def evaluate(self, prompts: Sequence[Prompt], *, evaluation: EvaluationConfig, seed: int) -> Iterator[Completions]:
         for prompt in prompts:
             self.obey("evaluate")
             served = self.newest.version if self.newest else -1
@@ -130,7 +131,7 @@ class Teacher(StandIn):
             self.obey(f"look_ahead-{trajectory_id.split('/')[0]}")
         return GuidedChunk(items=tuple(_guide(self.store, chunks)), metrics=())
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+    def evaluate(self, prompts: Sequence[Prompt], *, evaluation: EvaluationConfig, seed: int) -> Iterator[Completions]:
         yield Completions(correct={prompt.prompt_id: (True,) for prompt in prompts}, num_tokens=1, num_cut=0)
 
     def verify(self, chunks: Sequence[RolloutChunk]) -> float | None:

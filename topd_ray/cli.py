@@ -8,12 +8,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from topd_ray.config.load import check_inputs, dump_config, load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError, DataError, RunInterrupted, TopdError
+
+_STUDY = "Repeat an experiment of the paper on a pair of your own; the same command goes on where it stopped."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,14 +96,36 @@ def eval_command(args: argparse.Namespace) -> int:
 
 
 def local_correction_command(args: argparse.Namespace) -> int:
-    """Repeat the paper's local correction: a few updates at one divergent point, then the continuation drawn again."""
+    """A few updates at one divergent point by OPD and by TOPD, then the continuation drawn again."""
     config = load_config(args.config, args.overrides)
     check_inputs(config, training=False)
     from topd_ray.studies.local_correction import local_correction
 
-    command = shlex.join(["topd", "study", "local-correction", str(args.config), *args.overrides])
-    local_correction(config, args.out, command, Say())
+    local_correction(config, args.out, f"topd study local-correction {_shown(args)}", Say())
     return 0
+
+
+def ablation_command(args: argparse.Namespace) -> int:
+    """The paper's ablation: OPD, both caps and TOPD, each with several seeds, from the same student."""
+    return _compare("ablation", args)
+
+
+def sweep_command(args: argparse.Namespace) -> int:
+    """TOPD with one field changed at a time, and cheaper rivals, each with several seeds, from the same student."""
+    return _compare("sweep", args)
+
+
+def _compare(study: Literal["ablation", "sweep"], args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from topd_ray.studies.comparison import compare_arms
+
+    print(compare_arms(study, config, args.out, Say(), command=f"topd study {study} {_shown(args)}"))
+    return 0
+
+
+def _shown(args: argparse.Namespace) -> str:
+    """What was typed, less where the results go."""
+    return shlex.join([str(args.config), *args.overrides])
 
 
 def doctor_command(args: argparse.Namespace) -> int:
@@ -174,27 +199,25 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
     evaluate.set_defaults(command=eval_command)
-    _study_parser(commands)
+    study = commands.add_parser("study", help="repeat an experiment of the paper", description=_STUDY)
+    studies = study.add_subparsers(required=True, metavar="STUDY")
+    _study(studies, "ablation", ablation_command)
+    _study(studies, "sweep", sweep_command)
+    _study(studies, "local-correction", local_correction_command)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
     return parser
 
 
-def _study_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    study = commands.add_parser("study", help="repeat an experiment of the paper", allow_abbrev=False)
-    studies = study.add_subparsers(required=True, metavar="STUDY")
-    local = studies.add_parser(
-        "local-correction",
-        help="what a few updates at a divergent point leave of it",
-        description=local_correction_command.__doc__,
-        allow_abbrev=False,
-    )
-    _config_arguments(local)
-    local.add_argument(
-        "--out", type=Path, default=Path("studies/local-correction"), help="folder (default: %(default)s)"
-    )
-    local.set_defaults(command=local_correction_command)
+def _study(studies: Any, name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    """A subcommand of `topd study` that writes its results to studies/NAME."""
+    text = (command.__doc__ or "").strip()
+    parser: argparse.ArgumentParser = studies.add_parser(name, help=text, description=text, allow_abbrev=False)
+    _config_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("studies") / name, help="folder of results (%(default)s)")
+    parser.set_defaults(command=command)
+    return parser
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ from topd_ray.actors.events import (
 from topd_ray.actors.fleet import RayFleet
 from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.config.load import load_config
-from topd_ray.config.schema import TopdConfig
+from topd_ray.config.schema import EvaluationConfig, TopdConfig
 from topd_ray.errors import NonFiniteLossError, RolloutError, TopdError, WorkerLostError
 from topd_ray.types import Prompt, RolloutRequest
 
@@ -243,7 +243,7 @@ def test_while_a_worker_is_made_anew_others_evaluate_and_new_weights_reach_it(fl
     hear(fleet, some(Published))
     version = fleet._rollouts[1].version
     prompts = [Prompt(prompt_id=f"h{index}", token_ids=(1,)) for index in range(4)]
-    parts = list(fleet.evaluate(prompts, model="student", seed=0))
+    parts = list(fleet.evaluate(prompts, model="student", evaluation=EvaluationConfig(), seed=0))
     assert [part.num_tokens for part in parts] == [version] * 4
     items = guide(fleet, 0, write(fleet, 1, "p1"))
     orders(f"rollout-update_weights-{version}", "wait go")
@@ -252,7 +252,7 @@ def test_while_a_worker_is_made_anew_others_evaluate_and_new_weights_reach_it(fl
     while not fleet._rollouts[0].is_ready:
         fleet.wait()
         assert time.monotonic() < deadline
-    parts = list(fleet.evaluate(prompts, model="student", seed=0))
+    parts = list(fleet.evaluate(prompts, model="student", evaluation=EvaluationConfig(), seed=0))
     assert [part.num_tokens for part in parts] == [version] * 4, "not by a worker that has not taken weights yet"
     orders("go")
     fleet.learn(items)

@@ -1,7 +1,7 @@
 """Scoring, near futures and sparse targets of a real teacher engine, against a computation by hand."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -132,6 +132,36 @@ def test_only_windows_further_apart_than_the_threshold_guide(teacher):
         for found, weights in zip(unfold(guided.targets), expected, strict=True):
             nonzero = {token: weight for token, weight in weights.items() if weight > 1e-8}
             assert found == pytest.approx(nonzero, abs=1e-5)
+
+
+def test_the_identity_plan_changes_targets_and_nothing_else(teacher):
+    trajectories = make_trajectories(6)
+    looking = look_ahead(teacher)
+    pending = looking.ask(trajectories)
+    threshold = float(np.median(np.concatenate([one.windows.distances for one in looking.fold(pending, 0.0)])))
+    transported = looking.fold(pending, threshold)
+    for guided, other in zip(look_ahead(teacher, plan="identity").fold(pending, threshold), transported, strict=True):
+        assert_same(replace(guided, targets=other.targets), other)
+        expected = [dict[int, float]() for _ in guided.trajectory.response_ids]
+        for start, divergent, teacher_ids in zip(
+            guided.windows.positions, guided.windows.divergent, teacher_windows(guided), strict=True
+        ):
+            for weights, token in zip(expected[start : start + WINDOW], teacher_ids if divergent else [], strict=False):
+                weights[token] = weights.get(token, 0.0) + 1.0
+        assert unfold(guided.targets) == expected
+        assert not guided.targets.entropy.any()
+    assert sum(one.targets.num_guided for one in transported) > 0
+
+
+def test_random_candidates_depend_on_seed_and_trajectory_alone(teacher):
+    trajectories = make_trajectories(6)
+    looking = look_ahead(teacher, ranking="random")
+    chosen = [one.positions.tolist() for one in looking.ask(trajectories)]
+    ranked = [one.positions.tolist() for one in look_ahead(teacher).ask(trajectories)]
+    assert chosen != ranked and [len(one) for one in chosen] == [len(one) for one in ranked]
+    assert [one.positions.tolist() for one in look_ahead(teacher, ranking="random").ask(trajectories[::-1])] == (
+        chosen[::-1]
+    )
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])

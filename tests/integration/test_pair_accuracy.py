@@ -1,4 +1,4 @@
-"""The embedded pair's pass@1 on held-out prompts: the teacher nearly perfect, the student with room to improve."""
+"""The embedded pairs' pass@1 on held-out prompts: the teacher nearly perfect, the student with room to improve."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import topd_ray.demo
 from topd_ray.demo.arithmetic import Problem, generate
 from topd_ray.demo.generation import Graded, grade_model
-from topd_ray.demo.make_pair import DEMO_DIFFICULTY, NUM_GRADED
+from topd_ray.demo.make_pair import NUM_GRADED
+from topd_ray.demo.recipes import DEMO_DIFFICULTY, TASKS
 
-PAIR = Path(topd_ray.demo.__file__).parent / "pair"
+DEMO = Path(topd_ray.demo.__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,22 +29,37 @@ def heldout() -> list[Problem]:
     return generate("heldout", NUM_GRADED, DEMO_DIFFICULTY, seed=0)
 
 
-def graded(name: str, heldout: list[Problem], temperature: float) -> Graded:
+def graded(folder: str, problems: list[Problem], temperature: float) -> Graded:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(PAIR / name)
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / name)
-    return grade_model(model, tokenizer, heldout, temperature=temperature)
+    model = AutoModelForCausalLM.from_pretrained(DEMO / folder)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / folder)
+    longest = TASKS["worded" if folder.startswith("worded") else "plain"].max_new_tokens
+    return grade_model(model, tokenizer, problems, temperature=temperature, max_new_tokens=longest)
 
 
 def test_teacher_is_right_almost_always(heldout: list[Problem]) -> None:
-    greedy = graded("teacher", heldout, 0.0)
+    greedy = graded("pair/teacher", heldout, 0.0)
     assert greedy.accuracy >= 0.97
     assert 20 <= greedy.mean_length <= 120
-    assert graded("teacher", heldout, 1.0).accuracy >= 0.90
+    assert graded("pair/teacher", heldout, 1.0).accuracy >= 0.90
 
 
 def test_student_is_right_sometimes(heldout: list[Problem]) -> None:
-    greedy = graded("student", heldout, 0.0)
+    greedy = graded("pair/student", heldout, 0.0)
     assert 0.20 <= greedy.accuracy <= 0.50
     assert 20 <= greedy.mean_length <= 120
-    assert graded("student", heldout, 1.0).accuracy >= 0.10
+    assert graded("pair/student", heldout, 1.0).accuracy >= 0.10
+
+
+def test_worded_teacher_is_right_almost_always(heldout: list[Problem]) -> None:
+    greedy = graded("worded_pair/teacher", heldout[:200], 0.0)
+    assert greedy.accuracy >= 0.93
+    assert graded("worded_pair/teacher", heldout[:200], 1.0).accuracy >= 0.88
+
+
+def test_worded_student_is_right_sometimes(heldout: list[Problem]) -> None:
+    greedy = graded("worded_pair/student", heldout[:200], 0.0)
+    assert 0.15 <= greedy.accuracy <= 0.55
+    sampled = graded("worded_pair/student", heldout[:200], 1.0)
+    assert sampled.accuracy >= 0.10
+    assert 60 <= sampled.mean_length <= 100

@@ -224,7 +224,8 @@ def test_evaluation_runs_beside_an_idle_stream_and_an_error_ends_it(reader):
     worker.submit(draws(2), whole=True)
     reader.take(2)
     prompts = [request.prompt for request in make_requests(3)]
-    graded = [done for part in worker.evaluate(prompts, seed=0) for done in part.correct]
+    parts = worker.evaluate(prompts, evaluation=EvaluationConfig(max_new_tokens=4), seed=0)
+    graded = [done for part in parts for done in part.correct]
     assert sorted(graded) == sorted(prompt.prompt_id for prompt in prompts)
     assert [item.num_tokens > 0 for item in worker.own_teacher(draws(2), 4)] == [True, True]
     worker.submit(make_requests(1, prompt_length=17), whole=False)

@@ -60,7 +60,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A Ray that has as many CPUs as it says, whatever the machine has."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    command = ["ray", "start", "--head", "--block", "--port=0", "--num-cpus=5", "--include-dashboard=false"]
+    command = ["ray", "start", "--head", "--block", "--port=0", "--num-cpus=6", "--include-dashboard=false"]
     process = subprocess.Popen(
         [Path(sys.executable).with_name(command[0]), *command[1:], "--disable-usage-stats"],
         stdout=subprocess.PIPE,
@@ -106,8 +106,8 @@ def test_goes_on_with_other_numbers_of_workers_and_ranks(stopped: Path, tmp_path
     shutil.copytree(stopped / "run", tmp_path / "run")
     good = checkpoints(tmp_path)[-2]
     (tmp_path / "run" / "checkpoints" / "latest").write_text(good)
-    more = ("rollout.num_workers=2", "learner.num_ranks=2", f"resources.ray_address={address}")
-    command = [sys.executable, "-m", "topd_ray", *arguments(tmp_path, *more)]
+    workers = ("rollout.num_workers=2", "teacher.num_workers=2", "learner.num_ranks=2")
+    command = [sys.executable, "-m", "topd_ray", *arguments(tmp_path, *workers, f"resources.ray_address={address}")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed at update {int(good.removeprefix('step-'))} of {NUM_PROMPTS // 8}" in done.stdout

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topd_ray.errors import DataError
-from topd_ray.objective import select_candidates, token_loss
+from topd_ray.objective import random_candidates, select_candidates, token_loss
 
 
 def greedy(losses: list[float], num_wanted: int, min_distance: int) -> list[int]:
@@ -102,3 +102,24 @@ def test_refuses_what_is_no_log_prob() -> None:
         select_candidates(np.array([1.0]), 0.5, 1.5)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="losses_T: <U1, want numbers"):
         select_candidates(["a"], 0.5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(1, 6), st.integers(0, 99))
+def test_random_candidates_keep_number_and_distance(num: int, fraction: float, min_distance: int, seed: int) -> None:
+    chosen = random_candidates(num, fraction, np.random.default_rng(seed), min_distance)
+    num_wanted = max(1, int(fraction * num + 0.5))
+    assert len(chosen) == num_wanted if min_distance == 1 else 1 <= len(chosen) <= num_wanted
+    assert (np.diff(chosen) >= min_distance).all() and chosen[0] >= 0 and chosen[-1] < num
+    assert chosen.dtype == np.int32
+    assert chosen.tolist() == random_candidates(num, fraction, np.random.default_rng(seed), min_distance).tolist()
+
+
+def test_random_candidates_are_uniform() -> None:
+    """Each of the 15 pairs of 6 positions in 3,000 draws: 200 +- 14, so 5 standard deviations are 70."""
+    rng = np.random.default_rng(0)
+    pairs = [tuple(random_candidates(6, 1 / 3, rng).tolist()) for _ in range(3000)]
+    counts = [pairs.count(pair) for pair in set(pairs)]
+    assert len(counts) == 15 and max(abs(count - 200) for count in counts) < 70
+    with pytest.raises(DataError, match="num_tokens is 0, and should be a whole number of at least 1"):
+        random_candidates(0, 0.5, rng)

@@ -136,6 +136,14 @@ def test_one_problem(minimal: Path, override: str, line: str) -> None:
         ),
         (["objective.divergence=sampled_pg", "objective.cap=low_ot"], "right would be cap none, or a divergence"),
         (["objective.divergence=sampled_pg", "rollout.top_p=0.9"], "right would be top_p 1"),
+        (
+            ["objective.kl_discount=0.5"],
+            "objective.kl_discount, objective.divergence: found kl_discount 0.5 with the divergence reverse;",
+        ),
+        (
+            ["objective.kl_discount=0.5", "objective.divergence=sampled_pg", "pipeline.max_staleness=2"],
+            "objective.kl_discount, pipeline.max_staleness: found kl_discount 0.5 with max_staleness 2; right would be",
+        ),
         (["learner.offload_optimizer=true", "learner.zero_stage=0"], "right would be zero_stage 1, 2 or 3"),
         (
             ["learner.loss_kernel=triton", "resources.gpus_per_learner=0"],

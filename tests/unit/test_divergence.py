@@ -11,6 +11,7 @@ from torch import Tensor
 from topd_ray.errors import DataError
 from topd_ray.objective import (
     Support,
+    discounted_advantages,
     divergence,
     full_divergence,
     sampled_divergence,
@@ -280,6 +281,54 @@ def test_policy_gradient_truncates_its_weight() -> None:
     losses.sum().backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad, torch.tensor([2.0 * 2.0, -float(torch.tensor(-0.5).exp()) * 0.5]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 9), max_size=6), st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.integers(0, 99))
+def test_discounted_advantages_are_summed_within_each_trajectory(
+    lengths: list[int], discount: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.rand(2, sum(lengths), generator=generator, dtype=torch.float64).mul(-5).unbind()
+    segments = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)) % 3  # ids may come again
+    expected = []
+    for part in (teacher - student).split(lengths):
+        expected += [sum(discount**k * float(value) for k, value in enumerate(part[t:])) for t in range(len(part))]
+    actual = discounted_advantages(student, teacher, segments, discount)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=1e-12)
+
+
+def test_undiscounted_future_gives_the_gradient_of_the_kl_of_trajectories() -> None:
+    """All 27 trajectories of three tokens; the student's distribution of a token depends on the one before."""
+    generator = torch.Generator().manual_seed(3)
+    logits, teacher = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).unbind()
+    leaf = logits.requires_grad_()
+    student, teacher = leaf.log_softmax(1), teacher.log_softmax(1)
+    trajectories = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    before = torch.cat([torch.full((27, 1), 3), trajectories[:, :2]], dim=1)
+    of_student, of_teacher = student[before, trajectories], teacher[before, trajectories]
+    weight = of_student.sum(1).exp()
+    expected = (weight * (of_student - of_teacher).sum(1)).sum()
+    flat = of_student.reshape(-1), of_teacher.reshape(-1)
+    advantages = discounted_advantages(*flat, torch.arange(27).repeat_interleave(3), 1.0)
+    losses = sampled_policy_gradient(*flat, flat[0].detach(), 2.0, advantages)
+    actual = (weight.detach().repeat_interleave(3) * losses).sum()
+    gradients = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in (actual, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+def test_discounted_advantages_of_odd_input() -> None:
+    nan, ruled_out = torch.tensor([-1.0, float("nan"), -1.0]), torch.tensor([-2.0, -2.0, -torch.inf])
+    found = discounted_advantages(nan, ruled_out, torch.tensor([0, 0, 1]), 0.5)
+    assert found.isnan().tolist() == [True, True, False] and float(found[2]) == MIN_LOGPROB + 1.0
+    for arguments, message in (
+        ((nan, ruled_out, torch.tensor([0, 0, 1]), 1.5), "discount is 1.5, and should lie in"),
+        ((nan, ruled_out[:2], torch.tensor([0, 0, 1]), 0.5), r"teacher_logp_N has shape \[2\], and should have \[3\]"),
+        ((nan, -ruled_out, torch.tensor([0, 0, 1]), 0.5), "teacher_logp_N holds 2.0, and should hold log-probs"),
+        ((nan, ruled_out, torch.tensor([0.0, 0.0, 1.0]), 0.5), "segment_ids"),
+    ):
+        with pytest.raises(DataError, match=message):
+            discounted_advantages(*arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)

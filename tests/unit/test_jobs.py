@@ -20,7 +20,7 @@ def test_dry_run(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 def test_run_names_are_the_files() -> None:
     names = {path.stem: load_config(path).run.name for path in JOBS}
-    assert set(names) == {"debug", "demo", "one-node", "qwen3-4b", "several-nodes"}
+    assert set(names) == {"debug", "demo", "one-node", "qwen3-4b", "several-nodes", "worded"}
     assert all(name in (stem, f"{stem}-topd") for stem, name in names.items())
 
 

@@ -111,6 +111,25 @@ def test_policy_gradient_takes_the_ratio_of_prefix_and_token_once_each() -> None
     )
 
 
+@pytest.mark.parametrize("method", ["opd", "topd"])
+def test_policy_gradient_with_a_discounted_future(method: str) -> None:
+    """Token by token, each trajectory on its own; the advantage is a constant, and the guidance is as ever."""
+    case = Case(1)
+    spec = replace(SPEC, divergence="sampled_pg", method=method, kl_discount=0.6)  # type: ignore[arg-type]
+    student = case.student().gather(1, case.sampled[:, None]).squeeze(1)
+    frozen, teacher = student.detach(), case.teacher.gather(1, case.sampled[:, None]).squeeze(1)
+    rewards, advantages = (teacher - frozen).split(SEGMENTS), []
+    for part in rewards:
+        advantages += [sum(0.6**k * float(reward) for k, reward in enumerate(part[t:])) for t in range(len(part))]
+    ratio = (frozen - case.behaviour).exp().clamp(max=spec.importance_clip)
+    expected = -(ratio * torch.tensor(advantages, dtype=torch.float64) * student).sum() / N
+    if method == "topd":
+        expected = expected + case.naive(replace(SPEC)) - case.naive(replace(SPEC, method="opd"))
+    actual = ours(case, case.batch(4), spec)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(case.gradients(actual), case.gradients(expected), atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 1000])
 def test_chunk_size_changes_nothing(chunk_tokens: int) -> None:
     case = Case(3)

@@ -201,6 +201,17 @@ def test_caps_need_a_token_loss() -> None:
         ours(case, batch, replace(SPEC, divergence="sampled_pg"))
 
 
+def test_advantages_go_with_a_discount_and_weights_do_not() -> None:
+    case, weight = Case(), torch.ones(N)
+    spec = replace(SPEC, divergence="sampled_pg", kl_discount=0.5)
+    with pytest.raises(DataError, match=r"weight_N is given, and should be None: kl_discount is 0\.5"):
+        ours(case, case.batch(4, weight=weight), spec)
+    with pytest.raises(DataError, match="advantage_N is given, and should be None: kl_discount is 0"):
+        ours(case, replace(case.batch(4), advantage_N=weight), replace(spec, kl_discount=0.0))
+    with pytest.raises(DataError, match=rf"advantage_N has shape \[{N - 1}\], and should have \[{N}\]"):
+        ours(case, replace(case.batch(4), advantage_N=weight[1:]), spec)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -208,6 +219,8 @@ def test_caps_need_a_token_loss() -> None:
         ({"temperature": math.inf}, "temperature is inf"),
         ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
         ({"importance_clip": 0.0}, "importance_clip is 0.0"),
+        ({"divergence": "sampled_pg", "kl_discount": 1.0}, r"kl_discount is 1.0, and should lie in \[0, 1\)"),
+        ({"kl_discount": 0.5}, "kl_discount is 0.5 under reverse, and should be 0"),
         ({"guidance_weight": -0.1}, "guidance_weight is -0.1, and should be finite and not negative"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0, and should be a whole number of at least 1"),
         ({"divergence": "jsd", "jsd_beta": 1.0}, r"jsd_beta is 1.0, and should lie inside \(0, 1\)"),

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.loss_case import COUNTS, NUM_GUIDED, SPEC, Case, D, N, V, assert_gradient, figures, ours
-from topd_ray.objective import LossBatch, LossSpec, student_logprobs, token_losses, topd_loss, trajectory_medians
+from topd_ray.objective import (
+    LossBatch,
+    LossSpec,
+    discounted_advantages,
+    student_logprobs,
+    token_losses,
+    topd_loss,
+    trajectory_medians,
+)
 from topd_ray.objective.head import BLOCK_ELEMENTS, Head
 
 DIVERGENCES = ("reverse", "forward", "jsd")
@@ -183,6 +191,26 @@ def test_parts_of_a_sequence_with_caps_need_the_medians_of_the_whole() -> None:
     assert abs(float((alone - whole).detach())) > 1e-4
 
 
+def test_context_parallel_shards_with_a_discounted_future_add_up() -> None:
+    """The shards cut through trajectories; their advantages come from all of them together."""
+    case, spec = Case(36), replace(SPEC, divergence="sampled_pg", kl_discount=0.7)
+    batch = case.batch(5)
+    whole = ours(case, batch, spec)
+    edges = (0, 4, 12, N)
+    hidden = [case.hidden[start:stop] for start, stop in pairwise(edges)]
+    parts = batch.split(edges)
+    logprobs = [
+        student_logprobs(rows, case.head, part.sampled_ids, SPEC.temperature)
+        for rows, part in zip(hidden, parts, strict=True)
+    ]
+    advantages = discounted_advantages(torch.cat(logprobs), batch.teacher_sampled_logprobs, batch.segment_ids, 0.7)
+    shards = replace(batch, advantage_N=advantages).split(edges)
+    losses = [topd_loss(rows, case.head, part, spec, **COUNTS)[0] for rows, part in zip(hidden, shards, strict=True)]
+    total = torch.stack(losses).sum()
+    torch.testing.assert_close(total, whole, **EXACT)
+    torch.testing.assert_close(case.gradients(total), case.gradients(whole), **EXACT)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(0.0, 9.0)), max_size=30))
 def test_trajectory_medians_are_numpys(rows: list[tuple[int, float]]) -> None:
@@ -245,9 +273,8 @@ def test_the_order_of_tokens_changes_nothing(seed: int, order: list[int]) -> Non
 
 def reordered(batch: LossBatch, order: list[int]) -> LossBatch:
     rows = [batch.rows(index, index + 1) for index in order]
-    columns = {
-        name: torch.cat([getattr(row, name) for row in rows]) for name in LossBatch.__slots__ if name != "target_indptr"
-    }
+    given_names = [name for name in LossBatch.__slots__ if getattr(batch, name) is not None]
+    columns = {name: torch.cat([getattr(row, name) for row in rows]) for name in given_names if name != "target_indptr"}
     counts = torch.tensor([0, *(len(row.target_ids) for row in rows)])
     return LossBatch(**columns, target_indptr=counts.cumsum(0))
 

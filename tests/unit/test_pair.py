@@ -1,4 +1,4 @@
-"""The embedded pair's folders: they load, agree on one tokenizer, and are small."""
+"""The embedded pairs' folders: they load, agree on one tokenizer, and are small."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import topd_ray.demo
 from topd_ray.demo.arithmetic import generate
+from topd_ray.demo.recipes import TASKS
 from topd_ray.demo.tokenizer import ALPHABET, ROLES, SPECIALS, build_tokenizer, render_prompt
 
 PAIR = Path(topd_ray.demo.__file__).parent / "pair"
+PAIRS = {"plain": PAIR, "worded": PAIR.parent / "worded_pair"}
 MODELS = ("teacher", "student")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 TURN = "<|im_start|>user\n(1+2)*3<|im_end|>\n<|im_start|>assistant\n"
@@ -23,39 +25,48 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_load_and_give_finite_logits(name: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(PAIR / name)
+@pytest.mark.parametrize(("task", "num_tokens"), [("plain", 64), ("worded", 55)])
+def test_models_load_and_give_finite_logits(task: str, num_tokens: int, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(PAIRS[task] / name)
     assert model.dtype == torch.float32
     assert model.config.model_type == "qwen3"
-    assert model.config.vocab_size == 64
+    assert model.config.vocab_size == num_tokens
     assert model.config.head_dim == 32
     assert model.config.max_position_embeddings == 512
-    logits = model(torch.arange(64)[None]).logits
-    assert logits.shape == (1, 64, 64)
+    logits = model(torch.arange(num_tokens)[None]).logits
+    assert logits.shape == (1, num_tokens, num_tokens)
     assert torch.isfinite(logits).all()
 
 
-def test_one_model_ties_its_embeddings_and_the_other_does_not() -> None:
-    tied = {name: json.loads((PAIR / name / "config.json").read_text())["tie_word_embeddings"] for name in MODELS}
-    assert tied == {"teacher": False, "student": True}
+@pytest.mark.parametrize("task", PAIRS)
+def test_one_model_ties_its_embeddings_and_the_other_does_not(task: str) -> None:
+    configs = {name: json.loads((PAIRS[task] / name / "config.json").read_text()) for name in MODELS}
+    assert {name: config["tie_word_embeddings"] for name, config in configs.items()} == {
+        "teacher": False,
+        "student": True,
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generation_ends_at_the_end_of_turn(name: str) -> None:
-    generation = json.loads((PAIR / name / "generation_config.json").read_text())
+@pytest.mark.parametrize("task", PAIRS)
+def test_generation_ends_at_the_end_of_turn(task: str, name: str) -> None:
+    generation = json.loads((PAIRS[task] / name / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [SPECIALS.index("<|im_end|>")]
     assert generation["pad_token_id"] == SPECIALS.index("<|endoftext|>")
 
 
-def test_tokenizer_files_are_byte_identical() -> None:
+@pytest.mark.parametrize("task", PAIRS)
+def test_tokenizer_files_are_byte_identical(task: str, tmp_path: Path) -> None:
+    TASKS[task].build_tokenizer().save_pretrained(tmp_path)
     for file in TOKENIZER_FILES:
-        teacher, student = ((PAIR / name / file).read_bytes() for name in MODELS)
-        assert teacher == student, file
+        teacher, student = ((PAIRS[task] / name / file).read_bytes() for name in MODELS)
+        assert teacher == student == (tmp_path / file).read_bytes(), file
 
 
-def test_the_pair_is_at_most_ten_megabytes() -> None:
-    sizes = [path.stat().st_size for path in PAIR.rglob("*") if path.is_file()]
-    assert sum(sizes) <= 10_000_000
+@pytest.mark.parametrize("task", PAIRS)
+def test_a_pair_is_at_most_ten_megabytes(task: str) -> None:
+    sizes = [path.stat().st_size for path in PAIRS[task].rglob("*") if path.is_file()]
+    assert 0 < sum(sizes) <= 10_000_000
 
 
 def test_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,6 +19,7 @@ from topd_ray.objective import (
     entropic_transport,
     exact_transport,
     fold_windows,
+    identity_plans,
     pad_windows,
     split_targets,
     unfold,
@@ -356,3 +357,17 @@ HUGE = 2**63
 def test_refuses_what_is_no_number(call: Any, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         call()
+
+
+def test_identity_plans_teach_each_position_the_token_in_its_place() -> None:
+    """Windows of 3 and 2, 2 and 4, 1 and 1 tokens: what lies beyond the shorter is not guided."""
+    plan, lengths = identity_plans([3, 2, 1], [2, 4, 1], 4)
+    assert lengths.tolist() == [2, 2, 1]
+    ids = np.array([[7, 8, 0, 0], [9, 9, 5, 5], [8, 0, 0, 0]])
+    targets = fold_windows(plan, ids, [0, 1, 4], 6, lengths, lengths)
+    assert unfold(targets) == [{7: 1.0}, {8: 1.0, 9: 1.0}, {9: 1.0}, {}, {8: 1.0}, {}]
+    assert not targets.entropy.any()
+    with pytest.raises(DataError, match="teacher_lengths_M"):
+        identity_plans([1, 2], [1], 4)
+    with pytest.raises(DataError, match=r"student_lengths_M: 5\.\.5, want 1 to the padded width 4"):
+        identity_plans([5], [1], 4)

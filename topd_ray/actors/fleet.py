@@ -32,7 +32,7 @@ from topd_ray.actors.nodes import check_nodes
 from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve
 from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
-from topd_ray.config.schema import TopdConfig
+from topd_ray.config.schema import EvaluationConfig, TopdConfig
 from topd_ray.errors import (
     LearnerError,
     NonFiniteLossError,
@@ -328,7 +328,9 @@ class RayFleet:
     def _all_serve_newest(self) -> bool:
         return not self._calls.of(kind="update_weights") and all(slot.version is not None for slot in self._rollouts)
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
+    def evaluate(
+        self, prompts: Sequence[Prompt], *, model: str, evaluation: EvaluationConfig, seed: int
+    ) -> Iterator[Completions]:
         """By workers that are there; one that is being made anew still has the weights it was loaded with."""
         if model == "student":
             slots = [slot for slot in self._rollouts if slot.version is not None]
@@ -338,7 +340,7 @@ class RayFleet:
             raise WorkerLostError(f"no worker is there to evaluate the {model}")
         shares = split_evenly(prompts, len(slots))
         methods = [slot.actor.evaluate for slot, _ in zip(slots, shares, strict=False)]
-        return self._answers.stream(methods, shares, self._calls.silence, seed=seed)
+        return self._answers.stream(methods, shares, self._calls.silence, evaluation=evaluation, seed=seed)
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
         future = self._rollouts[0].actor.own_teacher.remote(requests, self._config.teacher.top_k)

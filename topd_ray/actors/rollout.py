@@ -51,7 +51,6 @@ class RolloutWorker:
         self._student = student
         self._rollout = rollout
         self._channel = open_channel(weights, store)
-        self._evaluation = evaluation
         self._max_prompt_tokens = max_prompt_tokens
         self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
         self._threads = threads
@@ -107,14 +106,14 @@ class RolloutWorker:
         """
         return self._server.update_weights(bundle.version, lambda: self._channel.fetch(bundle), interrupt=interrupt)
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+    def evaluate(self, prompts: Sequence[Prompt], *, evaluation: EvaluationConfig, seed: int) -> Iterator[Completions]:
         """Graded answers of the student as it is now, in parts."""
         with self._server.turn():
             yield from graded_answers(
                 self._engine,
                 lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
                 prompts,
-                self._evaluation,
+                evaluation,
                 max_new_tokens=self._answer_tokens,
                 seed=seed,
             )

@@ -40,7 +40,6 @@ class TeacherWorker:
         self._teacher = teacher
         self._near_future = near_future
         self._objective = objective
-        self._evaluation = evaluation
         self._embedding_owner = teacher if near_future.embedding == "teacher" else student
         self._temperature = temperature
         self._answer_tokens = evaluation.max_new_tokens or max_new_tokens
@@ -82,14 +81,14 @@ class TeacherWorker:
             metrics=(*(metric for chunk in chunks for metric in chunk.metrics), *window_metrics(guided)),
         )
 
-    def evaluate(self, prompts: Sequence[Prompt], *, seed: int) -> Iterator[Completions]:
+    def evaluate(self, prompts: Sequence[Prompt], *, evaluation: EvaluationConfig, seed: int) -> Iterator[Completions]:
         """Graded answers of the teacher, in parts."""
         with self._engine_lock:
             yield from graded_answers(
                 self._engine,
                 lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
                 prompts,
-                self._evaluation,
+                evaluation,
                 max_new_tokens=self._answer_tokens,
                 seed=seed,
             )

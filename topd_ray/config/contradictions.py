@@ -72,6 +72,19 @@ def _of_pipeline(config: "TopdConfig") -> Iterator[Contradiction]:
 
 
 def _of_objective(config: "TopdConfig") -> Iterator[Contradiction]:
+    discount = config.objective.kl_discount
+    if discount > 0.0 and config.objective.divergence != "sampled_pg":
+        yield Contradiction(
+            keys=("objective.kl_discount", "objective.divergence"),
+            text=f"found kl_discount {discount:g} with the divergence {config.objective.divergence}; right would be "
+            "sampled_pg, whose advantage it discounts, or kl_discount 0",
+        )
+    if discount > 0.0 and config.pipeline.max_staleness > 0:
+        yield Contradiction(
+            keys=("objective.kl_discount", "pipeline.max_staleness"),
+            text=f"found kl_discount {discount:g} with max_staleness {config.pipeline.max_staleness}; right would be "
+            "max_staleness 0, or kl_discount 0: no importance weight corrects for later tokens of an older policy",
+        )
     if config.objective.divergence != "sampled_pg":
         return
     if config.objective.cap != "none":

@@ -30,6 +30,7 @@ HARMLESS = (
     "evaluation.teacher",
     "evaluation.every",
     "metrics.*",
+    "studies.*",
     "resources.*",
     "teacher.verify",
     "learner.num_ranks",

@@ -149,8 +149,9 @@ class RolloutConfig(Section):
 class NearFutureConfig(Section):
     """Which positions the teacher looks ahead from, how far, and how the futures are compared (paper, section 4)."""
 
-    ranking: Literal["teacher_nll", "sampled_kl"] = "teacher_nll"
-    """Loss that ranks candidates: -log p_T(x_t), or log p_S(x_t) - log p_T(x_t)."""
+    ranking: Literal["teacher_nll", "sampled_kl", "random"] = "teacher_nll"
+    """Loss that ranks candidates: -log p_T(x_t), or log p_S(x_t) - log p_T(x_t). `random` draws as many positions at
+    random instead, to see what the choice is worth."""
     candidate_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0225
     """Share of a trajectory's response tokens taken as candidates (the paper's 218 of 9,688); at least one."""
     min_distance: PositiveInt = 1
@@ -163,6 +164,10 @@ class NearFutureConfig(Section):
     """Whose input embeddings give the ground cost 1 - cosine."""
     transport: Literal["exact", "entropic"] = "exact"
     """Solver of the transport plan."""
+    plan: Literal["transport", "identity"] = "transport"
+    """What the student learns of the teacher's window: what the transport plan moves to each of its positions, or, at
+    position i, the teacher's i-th token (positions beyond the shorter window then learn nothing). Distances, and with
+    them the forks, are those of the transport either way."""
     entropic_epsilon: Annotated[float, Field(gt=0.0)] = 0.05
     """Regularisation of the entropic solver (in units of the ground cost)."""
     false_alarm_quantile: Fraction = 0.3
@@ -185,6 +190,10 @@ class ObjectiveConfig(Section):
     importance_horizon: Annotated[int, Field(ge=0)] = 64
     """Tokens before a position whose p_S / p_behaviour make up its importance weight, in trajectories that an older
     policy wrote; 0 leaves them unweighted."""
+    kl_discount: DecayRate = 0.0
+    """Discount of the future under `sampled_pg`: the advantage of token t is the sum over k of kl_discount^k
+    (log p_T - log p_S)(x_{t+k}) to the end of its trajectory; 0 leaves the token's own. Takes another product with the
+    output layer, and on-policy trajectories (`pipeline.max_staleness` 0)."""
     guidance_weight: Annotated[float, Field(ge=0.0)] = 0.3
     """lambda."""
     guidance_reduction: Literal["mean", "sum"] = "mean"
@@ -311,6 +320,9 @@ class EvaluationConfig(Section):
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling."""
+    sampled_runs: Annotated[int, Field(ge=0)] = 0
+    """Answers per prompt of one more evaluation of the student, before the first update and after the last one, drawn
+    as rollouts are (`rollout.temperature`, `rollout.top_p`); 0: none."""
     max_new_tokens: PositiveInt | None = None
     """Longest answer (tokens); unset: the rollout's."""
     grader: Literal["arithmetic", "math"] = "arithmetic"
@@ -384,6 +396,13 @@ class TopdConfig(Section):
     def batch_size(self) -> int:
         """Trajectories of one update."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    @property
+    def sampled_evaluation(self) -> EvaluationConfig:
+        """How the student's answers are drawn like rollouts (`evaluation.sampled_runs`)."""
+        rollout = self.rollout
+        drawn = {"num_runs": self.evaluation.sampled_runs, "temperature": rollout.temperature, "top_p": rollout.top_p}
+        return self.evaluation.model_copy(update=drawn)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "TopdConfig":

@@ -43,11 +43,11 @@ class ArmsConfig(Section):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2, 3, 4)
     """Values of run.seed; every arm is run with each."""
     only: tuple[str, ...] = ()
-    """Names of the arms to run; empty: all."""
+    """Names of the arms to run; empty: all. `opd`, which all are compared with, is always run."""
     more: dict[str, tuple[str, ...]] = {}
     """Arms of your own beside the built-in ones: name -> overrides, for instance `{wide: [near_future.window=100]}`."""
     runs_at_once: PositiveInt = 1
-    """Runs at a time on this machine; each is a process of its own, with `--inline` if there are several."""
+    """Runs at a time on this machine, each a process of its own; several run `--inline`, with one CPU thread each."""
 
 
 class StudiesConfig(Section):

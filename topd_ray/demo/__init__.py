@@ -1,1 +1,1 @@
-"""The embedded pair: a small teacher and student, and the arithmetic task that both were trained on."""
+"""The embedded pairs, each a small teacher and student, and the arithmetic tasks that they were trained on."""

@@ -46,6 +46,42 @@ class Problem:
     answer: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduction:
+    """One operation that can be done next, and what doing it leaves of the expression."""
+
+    operation: str
+    """as it stands in the expression, without parentheses: `2+3`"""
+    value: int
+    before: str
+    after: str
+    """what stands around the operation and its parentheses"""
+
+    @property
+    def result(self) -> str:
+        """The expression with the operation and its parentheses replaced by its value."""
+        return self.with_value(str(self.value))
+
+    def with_value(self, value: str) -> str:
+        """Likewise by `value`, right or wrong."""
+        return self.before + value + self.after
+
+
+def reductions(expression: str) -> list[Reduction]:
+    """The innermost operations of `expression` from left to right; none for a bare number or what is no expression."""
+    matches = list(_REDUCIBLE.finditer(expression))
+    if not matches and (bare := _BARE.fullmatch(expression)):
+        matches = [bare]
+    return [_reduction(expression, match) for match in matches]
+
+
+def _reduction(expression: str, match: re.Match[str]) -> Reduction:
+    left, sign, right = match.groups()
+    value = _OPERATIONS[sign](int(left), int(right))
+    before, after = expression[: match.start()], expression[match.end() :]
+    return Reduction(operation=left + sign + right, value=value, before=before, after=after)
+
+
 def split_of(expression: str) -> Split:
     """The split that `expression` belongs to: one in eight is held out, by the SHA-256 of its text."""
     digest = hashlib.sha256(expression.encode()).digest()
@@ -139,12 +175,9 @@ def _draw_subtree(rng: random.Random, num_operators: int) -> str:
 def _rewrite(expression: str) -> list[str] | None:
     """The lines of the solution without the answer line; None if a value leaves [-MAX_VALUE, MAX_VALUE]."""
     lines: list[str] = []
-    while True:
-        match = _REDUCIBLE.search(expression) or _BARE.fullmatch(expression)
-        if match is None:
-            return lines
-        value = _OPERATIONS[match[2]](int(match[1]), int(match[3]))
-        if abs(value) > MAX_VALUE:
+    while todo := reductions(expression):
+        if abs(todo[0].value) > MAX_VALUE:
             return None
-        expression = f"{expression[: match.start()]}{value}{expression[match.end() :]}"
+        expression = todo[0].result
         lines.append(expression)
+    return lines

@@ -58,10 +58,11 @@ def grade_model(
     problems: Sequence[Problem],
     *,
     temperature: float = 0.0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Graded:
-    """pass@1 of one sample a problem; a response cut by MAX_NEW_TOKENS is graded as it stands."""
+    """pass@1 of one sample a problem; a response cut at `max_new_tokens` is graded as it stands."""
     prompts = [render_prompt(tokenizer, problem.expression) for problem in problems]
-    token_ids = respond(model, tokenizer, prompts, temperature=temperature)
+    token_ids = respond(model, tokenizer, prompts, temperature=temperature, max_new_tokens=max_new_tokens)
     responses = tuple(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in token_ids)
     right = [grade(response, problem.answer) for response, problem in zip(responses, problems, strict=True)]
     return Graded(

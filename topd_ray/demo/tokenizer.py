@@ -1,13 +1,16 @@
-"""The pair's tokenizer: one character, one token; 64 entries in Hugging Face layout.
+"""The embedded pairs' tokenizers, in Hugging Face layout: one of characters, and one of words for worded arithmetic.
 
-The ids are: four special tokens, the three role names of the chat template as single tokens, then the alphabet.
-Encoding and decoding lose nothing within the alphabet; any other character becomes `<|unk|>`.
+The ids are: four special tokens, the three role names of the chat template as single tokens, then the alphabet (or the
+pieces of `worded.py`). Encoding and decoding lose nothing within these; anything else becomes `<|unk|>`.
 """
 
 import string
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from topd_ray.demo.worded import PIECE, PIECES
 
 PAD, START, END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
 SPECIALS = (PAD, START, END, UNKNOWN)
@@ -24,10 +27,20 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer with its chat template; ids follow the order of SPECIALS, ROLES, ALPHABET."""
-    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *ROLES, *ALPHABET])}
+    """One character, one token; 64 entries. Ids follow the order of SPECIALS, ROLES, ALPHABET."""
+    return _assemble(ALPHABET, r"[\s\S]")
+
+
+def build_worded_tokenizer() -> PreTrainedTokenizerFast:
+    """Digits, signs and words of worded arithmetic, each one token. Ids follow the order of SPECIALS, ROLES, PIECES."""
+    return _assemble(PIECES, PIECE)
+
+
+def _assemble(pieces: Iterable[str], pattern: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, with its chat template, of `pieces` as `pattern` cuts them out of a text."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *ROLES, *pieces])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])

@@ -14,8 +14,8 @@ from topd_ray.config.schema import NearFutureConfig, ObjectiveConfig
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.grouping import runs_within
-from topd_ray.objective.candidates import select_candidates, token_loss
-from topd_ray.objective.targets import cap_mask, classify, fold_windows, split_targets
+from topd_ray.objective.candidates import random_candidates, select_candidates, token_loss
+from topd_ray.objective.targets import cap_mask, classify, fold_windows, identity_plans, split_targets
 from topd_ray.objective.transport import ground_cost, pad_windows, solve_windows, unit_embeddings
 from topd_ray.types import Float32, GuidedTrajectory, Int32, TeacherScores, Trajectory, Windows
 
@@ -80,8 +80,12 @@ class LookAhead:
     def _candidates(self, trajectory: Trajectory, scores: TeacherScores) -> Int32:
         if not self._objective.looks_ahead:
             return np.zeros(0, np.int32)
+        fraction, min_distance = self._config.candidate_fraction, self._config.min_distance
+        if self._config.ranking == "random":
+            rng = np.random.default_rng(stable_seed(self._seed, "candidates", trajectory.trajectory_id))
+            return random_candidates(trajectory.num_response_tokens, fraction, rng, min_distance)
         losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, self._config.ranking)
-        return select_candidates(losses_T, self._config.candidate_fraction, self._config.min_distance)
+        return select_candidates(losses_T, fraction, min_distance)
 
     def _continue(self, trajectories: Sequence[Trajectory], positions: Sequence[Int32]) -> list[Int32]:
         """The teacher's windows of all candidates, trajectory by trajectory."""
@@ -123,13 +127,16 @@ class LookAhead:
         # A trajectory's windows start at its own offset in the responses laid end to end.
         starts = np.concatenate([asked.positions + offset for asked, offset in zip(group, offsets[:-1], strict=True)])
         guides = divergent if self._objective.method == "topd" else np.zeros_like(divergent)
-        targets = fold_windows(
+        plan, student_lengths, teacher_lengths = (
             solved.plan_MST.numpy()[guides],
-            teacher_ids[guides],
-            starts[guides],
-            int(offsets[-1]),
             student_lengths[guides],
             teacher_lengths[guides],
+        )
+        if self._config.plan == "identity":
+            plan, student_lengths = identity_plans(student_lengths, teacher_lengths, width)
+            teacher_lengths = student_lengths
+        targets = fold_windows(
+            plan, teacher_ids[guides], starts[guides], int(offsets[-1]), student_lengths, teacher_lengths
         )
         ends = np.cumsum([len(asked.positions) for asked in group])[:-1]
         parts = zip(

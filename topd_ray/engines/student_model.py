@@ -175,6 +175,7 @@ def loss_spec(model: Any, objective: ObjectiveConfig, learner: LearnerConfig, te
         divergence=objective.divergence,
         jsd_beta=objective.jsd_beta,
         importance_clip=objective.importance_clip,
+        kl_discount=objective.kl_discount,
         guidance_weight=objective.guidance_weight,
         guidance_reduction=objective.guidance_reduction,
         temperature=temperature,

@@ -51,9 +51,12 @@ class Figure:
 STEP = Figure("step", "", "Updates made.")
 
 
-def _evaluation(model: str) -> Iterable[Figure]:
-    prefix = f"evaluation/{model}"
-    yield Figure(f"{prefix}/pass_at_1", "ratio", f"Share of the {model}'s answers to held-out prompts that are right.")
+def _evaluation(model: str, *, sampled: bool = False) -> Iterable[Figure]:
+    prefix = f"evaluation/{model}{'_sampled' if sampled else ''}"
+    drawn = ", drawn as rollouts are (evaluation.sampled_runs)" if sampled else ""
+    yield Figure(
+        f"{prefix}/pass_at_1", "ratio", f"Share of the {model}'s answers to held-out prompts that are right{drawn}."
+    )
     yield Figure(f"{prefix}/pass_at_1_low", "ratio", "Lower end of its 95 % bootstrap interval over prompts.")
     yield Figure(f"{prefix}/pass_at_1_high", "ratio", "Upper end of that interval.")
     yield Figure(f"{prefix}/answer_tokens", "tokens", "Mean length of an answer.")
@@ -153,7 +156,7 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
             "preflight/teacher_difference", "nats", "Teacher engine against plain forward pass: largest difference."
         ),
     ),
-    "Evaluation": (*_evaluation("student"), *_evaluation("teacher")),
+    "Evaluation": (*_evaluation("student"), *_evaluation("student", sampled=True), *_evaluation("teacher")),
 }
 FIGURES = {figure.key: figure for figures in _SECTIONS.values() for figure in figures}
 """By key."""

@@ -7,6 +7,7 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 | --- | --- |
 | `token_loss` | loss of each sampled token that ranks candidates |
 | `select_candidates` | the positions of highest loss |
+| `random_candidates` | as many positions at random |
 | `unit_embeddings` | embeddings of unit length |
 | `pad_windows` | windows of different lengths as one array |
 | `ground_cost` | 1 - cosine of all pairs of tokens, for all pairs of windows |
@@ -17,6 +18,7 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 | `classify` | which candidates are real divergent points |
 | `RunningQuantile` | the threshold of that over recent steps |
 | `cap_mask` | the tokens whose loss is capped (ablations) |
+| `identity_plans` | plans that pair tokens by their place, to compare transport with |
 | `fold_windows` | all windows of a trajectory as one sparse target per position |
 | `split_targets` | folded targets of trajectories laid end to end, each on its own |
 | `unfold` | folded targets in readable form |
@@ -26,6 +28,7 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 | `divergence` | the same from log-probs on any common columns |
 | `Support` | the columns of top-k, sampled token and tail |
 | `sampled_policy_gradient` | the sampled-token estimate of the reverse KL's gradient |
+| `discounted_advantages` | its advantages with the discounted future of each token in them |
 | `topd_loss` | L_OPD + lambda * L_traj from hidden states and the head's weight |
 | `LossSpec` | how it is put together |
 | `LossBatch` | what the teacher said about the tokens |
@@ -40,9 +43,10 @@ DeepSpeed. This is all of the public API; each name's docstring gives formula, s
 """
 
 from topd_ray.errors import DataError, NonFiniteLossError
-from topd_ray.objective.candidates import select_candidates, token_loss
+from topd_ray.objective.candidates import random_candidates, select_candidates, token_loss
 from topd_ray.objective.divergence import (
     Support,
+    discounted_advantages,
     divergence,
     full_divergence,
     sampled_divergence,
@@ -64,6 +68,7 @@ from topd_ray.objective.targets import (
     cap_mask,
     classify,
     fold_windows,
+    identity_plans,
     split_targets,
     unfold,
 )
@@ -90,14 +95,17 @@ __all__ = [
     "TransportResult",
     "cap_mask",
     "classify",
+    "discounted_advantages",
     "divergence",
     "entropic_transport",
     "exact_transport",
     "fold_windows",
     "full_divergence",
     "ground_cost",
+    "identity_plans",
     "pad_windows",
     "prefix_weights",
+    "random_candidates",
     "sampled_divergence",
     "sampled_policy_gradient",
     "select_candidates",

@@ -77,3 +77,14 @@ def select_candidates(losses_T: Values, fraction: float, min_distance: int = 1) 
             break
         blocked_T[max(0, position - min_distance + 1) : position + min_distance] = True
     return np.array(sorted(chosen), np.int32)
+
+
+def random_candidates(num_tokens: int, fraction: float, rng: np.random.Generator, min_distance: int = 1) -> Int32:
+    """Positions drawn uniformly without replacement, [M], ascending: the control of `select_candidates`.
+
+    As many as there, and no two nearer than `min_distance` tokens: positions are visited in random order, and passed
+    over when a chosen one is nearer. Draws from `rng` once. Raises DataError for no tokens, and as `select_candidates`
+    does. Source: this package's; what the paper's choice by loss is worth shows beside it.
+    """
+    check_whole("num_tokens", num_tokens, 1)
+    return select_candidates(rng.permutation(num_tokens), fraction, min_distance)

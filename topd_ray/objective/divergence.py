@@ -274,15 +274,20 @@ def check_divergence(kind: str, jsd_beta: float) -> None:
 
 
 def sampled_policy_gradient(
-    student_logp_N: Tensor, teacher_logp_N: Tensor, behaviour_logp_N: Tensor, importance_clip: float
+    student_logp_N: Tensor,
+    teacher_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    importance_clip: float,
+    advantage_N: Tensor | None = None,
 ) -> Tensor:
     """A per-token loss, [N], whose gradient is the sampled-token estimate of the reverse KL's; its value means nothing.
 
     -(w * A).detach() * log p_S(x), advantage A = log p_T(x) - log p_S(x), truncated importance weight
     w = min(p_S(x) / p_behaviour(x), importance_clip). Its mean gradient over x ~ behaviour is that of KL(p_S || p_T)
     wherever nothing is truncated. The weight is of the token alone: that of its prefix (`prefix_weights`) multiplies
-    the loss. All three [N], in nats; the gradient goes to the student. Raises DataError on shapes
-    that do not fit, log-probs that are NaN or above 0, and a clip that is not above 0.
+    the loss. `advantage_N` takes the place of A (`discounted_advantages`). All [N], in nats; the gradient goes to the
+    student's log-prob. Raises DataError on shapes that do not fit, log-probs that are NaN or above 0, and a clip that
+    is not above 0.
     Source: the on-policy estimate of the reverse KL of the paper's section 3; truncated weights as in IMPALA's V-trace
     (arXiv 1802.01561).
     """
@@ -298,17 +303,69 @@ def sampled_policy_gradient(
     for name, logp_N in sides.items():
         check_dtype(name, logp_N, "float")
         check_device(name, logp_N, student_logp_N.device)
+    if advantage_N is not None:
+        check_shape("advantage_N", advantage_N, *student_logp_N.shape)
+        check_dtype("advantage_N", advantage_N, "float")
+        check_device("advantage_N", advantage_N, student_logp_N.device)
     raise_first([not_logprobs(name, logp_N) for name, logp_N in sides.items()])
-    return policy_gradient_loss(student_logp_N, teacher_logp_N, behaviour_logp_N, importance_clip)
+    return policy_gradient_loss(student_logp_N, teacher_logp_N, behaviour_logp_N, importance_clip, advantage_N)
 
 
 def policy_gradient_loss(
-    student_logp_N: Tensor, teacher_logp_N: Tensor, behaviour_logp_N: Tensor, importance_clip: float
+    student_logp_N: Tensor,
+    teacher_logp_N: Tensor,
+    behaviour_logp_N: Tensor,
+    importance_clip: float,
+    advantage_N: Tensor | None = None,
 ) -> Tensor:
     """`sampled_policy_gradient` of what has been checked before."""
     frozen_N = student_logp_N.detach()
     weight_N = (frozen_N - behaviour_logp_N.detach()).exp().clamp(max=importance_clip)
-    return -(weight_N * (_reachable(teacher_logp_N.detach()) - frozen_N)) * student_logp_N
+    if advantage_N is None:
+        advantage_N = _reachable(teacher_logp_N.detach()) - frozen_N
+    return -(weight_N * advantage_N.detach()) * student_logp_N
+
+
+@torch.no_grad()
+def discounted_advantages(
+    student_logp_N: Tensor, teacher_logp_N: Tensor, segment_ids: Tensor, discount: float
+) -> Tensor:
+    """Advantage of each token with its discounted future, [N] (nats), for `sampled_policy_gradient`.
+
+    D_t = sum_{k >= 0} discount^k A_{t+k} to the end of t's own trajectory, A = log p_T(x) - log p_S(x); in float64, and
+    returned in the student's dtype. Both log-probs are of the sampled tokens, [N] (nats), -inf counting as -100; tokens
+    of one trajectory stand side by side, `segment_ids`, [N] integers, telling where another begins. NaN stays within
+    its trajectory. With a discount of 1 (and all tokens drawn from the student) the gradient is that of the reverse
+    KL of whole trajectories; 0 is the token's own.
+
+    A part of a trajectory lacks what comes after it: under context parallelism, gather the arguments from all ranks
+    first, and keep the own tokens of the result.
+    Raises DataError on shapes, dtypes or devices that do not fit, log-probs above 0, and a discount outside of [0, 1].
+    Source: reverse-KL rewards with a discount factor, as the on-policy distillation of the tinker-cookbook offers them.
+    """
+    check_shape("student_logp_N", student_logp_N, "N")
+    for name, tensor, kind in (
+        ("student_logp_N", student_logp_N, "float"),
+        ("teacher_logp_N", teacher_logp_N, "float"),
+        ("segment_ids", segment_ids, "integer"),
+    ):
+        check_shape(name, tensor, len(student_logp_N))
+        check_dtype(name, tensor, kind)
+        check_device(name, tensor, student_logp_N.device)
+    if not (is_number(discount) and 0.0 <= discount <= 1.0):
+        raise DataError(f"discount is {discount!r}, and should lie in [0, 1]")
+    sides = {"student_logp_N": student_logp_N, "teacher_logp_N": teacher_logp_N}
+    raise_first([not_logprobs(name, logp_N, allow_nan=True) for name, logp_N in sides.items()])
+    advantage_N = _reachable(teacher_logp_N.double()) - _reachable(student_logp_N.double())
+    begins_N = segment_ids.new_zeros(len(segment_ids), dtype=torch.long)
+    begins_N[1:] = (segment_ids.diff() != 0).long()
+    trajectory_N = begins_N.cumsum(0)
+    # Sums over `reach` tokens become sums over twice as many: log2 of the longest trajectory passes in all.
+    reach, factor = 1, discount
+    while factor > 0.0 and bool((is_same := trajectory_N[reach:] == trajectory_N[:-reach]).any()):
+        advantage_N[:-reach] += torch.where(is_same, factor * advantage_N[reach:], 0.0)
+        reach, factor = 2 * reach, factor * factor
+    return advantage_N.to(torch.promote_types(student_logp_N.dtype, torch.float32))
 
 
 def _check_logits(name: str, logits_NV: Tensor) -> None:

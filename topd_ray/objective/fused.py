@@ -147,6 +147,7 @@ def _losses(
             batch.teacher_sampled_logprobs.to(sampled_N),
             batch.behaviour_logprobs.to(sampled_N),
             spec.importance_clip,
+            None if batch.advantage_N is None else batch.advantage_N.to(sampled_N),
         )
     if median_N is not None:
         token_loss_N = token_loss_N * cap_scale(token_loss_N.detach(), median_N, batch.capped)

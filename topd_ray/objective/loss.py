@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topd_ray.objective.checks import check_device, check_dtype, check_shape, raise_first
+from topd_ray.objective.divergence import discounted_advantages
 from topd_ray.objective.fused import FIGURES, FusedLoss, all_chunks
 from topd_ray.objective.head import Head, Picks
 from topd_ray.objective.loss_checks import (
@@ -64,16 +65,18 @@ def topd_loss(
     it (under autocast, in its dtype), the rest in float32 (float64 for float64). Rows of the head from `num_vocabulary`
     on pad it: they get no probability, and no gradient. N = 0 gives a zero that is connected to the graph.
 
-    A batch may hold a part of a trajectory (context parallelism): the losses of the parts add up. Only caps need the
-    whole: pass `median_N`, [N], the median of each token's whole trajectory (`token_losses`, `trajectory_medians`).
-    Without it, medians are taken over the tokens of `batch`, after a forward pass of its own.
+    A batch may hold a part of a trajectory (context parallelism): the losses of the parts add up. Only caps and a
+    `kl_discount` need the whole: pass `median_N`, [N], the median of each token's whole trajectory (`token_losses`,
+    `trajectory_medians`), and the batch's `advantage_N` (`student_logprobs`, `discounted_advantages`). Without them,
+    both are taken over the tokens of `batch`, after a product with the head of their own.
 
     Gradients are made with the loss, and handed out once, without a copy: a second backward pass through the same loss
     raises RuntimeError, and so does one with `create_graph`.
 
     Raises DataError on shapes, dtypes or devices that do not fit, token ids outside of the vocabulary, log-probs that
     are NaN or of more than all the probability, weights that are negative or (those of targets) do not sum to a number
-    of windows, an entropy without weights, caps under `sampled_pg`, and counts that are negative or missing;
+    of windows, an entropy without weights, caps under `sampled_pg`, a `weight_N` with a `kl_discount` (later tokens'
+    ratios are in no weight of their prefix), and counts that are negative or missing;
     NonFiniteLossError if the loss is not finite, naming the argument to blame.
     With `check_finite` off, NaN in the batch and the loss are left to the caller, who reads the loss: ranks that train
     together must find out together.
@@ -89,6 +92,10 @@ def topd_loss(
     if any_capped and median_N is None:
         head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
         median_N = _medians(_token_losses(head, batch), batch.segment_ids)
+    if spec.kl_discount > 0.0 and batch.advantage_N is None:
+        batch = replace(
+            batch, advantage_N=_advantages(hidden_ND, head_weight_VD, batch, spec, head_bias, num_vocabulary)
+        )
     if not torch.is_grad_enabled():  # an autograd function is not told, and would make gradients for nobody
         hidden_ND, head_weight_VD = hidden_ND.detach(), head_weight_VD.detach()
         head_bias = None if head_bias is None else head_bias.detach()
@@ -187,7 +194,10 @@ def student_logprobs(
     spec = LossSpec(temperature=temperature, logit_softcap=logit_softcap, chunk_tokens=chunk_tokens)
     num_vocabulary = check_head(hidden_ND, head_weight_VD, head_bias, num_vocabulary)
     check_token_ids(token_ids, hidden_ND, num_vocabulary)
-    head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
+    return _logprobs(make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary), token_ids)
+
+
+def _logprobs(head: Head, token_ids: Tensor) -> Tensor:
     parts = []
     for rows in head.chunks():
         ids_N = token_ids[rows].long()
@@ -195,6 +205,20 @@ def student_logprobs(
         logits_N, peak_N, sum_N = head.forward(rows, picks)
         parts.append(logits_N - peak_N - sum_N.log())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def _advantages(
+    hidden_ND: Tensor,
+    head_weight_VD: Tensor,
+    batch: LossBatch,
+    spec: LossSpec,
+    head_bias: Tensor | None,
+    num_vocabulary: int,
+) -> Tensor:
+    head = make_head(hidden_ND, head_weight_VD, head_bias, spec, num_vocabulary=num_vocabulary)
+    logp_N = _logprobs(head, batch.sampled_ids).clamp(max=0.0)  # a rounding above 0 is none
+    return discounted_advantages(logp_N, batch.teacher_sampled_logprobs, batch.segment_ids, spec.kl_discount)
 
 
 @torch.no_grad()

@@ -65,6 +65,13 @@ def check_batch(
 ) -> bool:
     """Raise DataError for a batch that is not one of these hidden states; return whether any token is capped."""
     _check_tensors(batch, hidden_ND, median_N)
+    if batch.advantage_N is not None and spec.kl_discount == 0.0:
+        raise DataError("advantage_N is given, and should be None: kl_discount is 0")
+    if batch.weight_N is not None and spec.kl_discount > 0.0:
+        raise DataError(
+            f"weight_N is given, and should be None: kl_discount is {spec.kl_discount}, and what an older policy wrote "
+            "later is in no weight of a prefix"
+        )
     any_capped = batch.capped.any()
     findings = [
         *not_a_teacher(
@@ -119,7 +126,8 @@ def _check_tensors(batch: LossBatch, hidden_ND: Tensor, median_N: Tensor | None)
             check_shape(name, getattr(batch, name), *shape)
             check_dtype(name, getattr(batch, name), kind)
             check_device(name, getattr(batch, name), hidden_ND.device)
-    for name, values_N in (("median_N", median_N), ("weight_N", batch.weight_N)):
+    optional = (("median_N", median_N), ("weight_N", batch.weight_N), ("advantage_N", batch.advantage_N))
+    for name, values_N in optional:
         if values_N is not None:
             check_shape(name, values_N, num_tokens)
             check_dtype(name, values_N, "float")

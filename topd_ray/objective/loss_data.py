@@ -37,6 +37,8 @@ class LossSpec:
     """weight of the teacher under `jsd`, inside (0, 1)"""
     importance_clip: float = 2.0
     """bound of the token's own p_S / p_behaviour under `sampled_pg`; `LossBatch.weight_N` comes with its own"""
+    kl_discount: float = 0.0
+    """of later tokens' advantages in that of a token under `sampled_pg` (`discounted_advantages`), in [0, 1)"""
     guidance_weight: float = 0.3
     """lambda"""
     guidance_reduction: Literal["mean", "sum"] = "mean"
@@ -55,6 +57,13 @@ class LossSpec:
         check_one_of("divergence", self.divergence, DIVERGENCES)
         if self.divergence != "sampled_pg":
             check_divergence(self.divergence, self.jsd_beta)
+        if not (is_number(self.kl_discount) and 0.0 <= self.kl_discount < 1.0):
+            raise DataError(f"kl_discount is {self.kl_discount!r}, and should lie in [0, 1)")
+        if self.kl_discount > 0.0 and self.divergence != "sampled_pg":
+            raise DataError(
+                f"kl_discount is {self.kl_discount!r} under {self.divergence}, and should be 0: it discounts the "
+                "advantages of sampled_pg"
+            )
         check_positive("temperature", self.temperature)
         check_positive("importance_clip", self.importance_clip)
         if self.logit_softcap is not None:
@@ -98,6 +107,8 @@ class LossBatch:
     """[N] float, nats, the entropies of the soft targets of these windows, summed; 0 where none covers"""
     weight_N: Tensor | None = None
     """[N] float, no unit, what the losses of the position are multiplied by (`prefix_weights`); None: by 1"""
+    advantage_N: Tensor | None = None
+    """[N] float, nats, the advantages under `sampled_pg` with a `kl_discount`; None: they are computed"""
 
     def rows(self, start: int, stop: int) -> "LossBatch":
         """Tokens start .. stop - 1 as a batch of their own."""
@@ -120,6 +131,7 @@ class LossBatch:
                 target_weights=self.target_weights[first:last],
                 target_entropy=self.target_entropy[start:stop],
                 weight_N=None if self.weight_N is None else self.weight_N[start:stop],
+                advantage_N=None if self.advantage_N is None else self.advantage_N[start:stop],
             )
             for (start, stop), (first, last) in zip(pairwise(edges), pairwise(target_edges), strict=True)
         ]

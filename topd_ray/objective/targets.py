@@ -84,6 +84,25 @@ def fold_windows(
     return _merge(position, ids[m, kept % num_teacher].astype(np.int64), share, entropy_P)
 
 
+def identity_plans(
+    student_lengths_M: Values, teacher_lengths_M: Values, width: int
+) -> tuple[NDArray[np.float64], Int64]:
+    """The plans that move the teacher's i-th token to the student's i-th, [M, width, width], and their lengths, [M].
+
+    Windows of S_m and T_m tokens are both cut to n_m = min(S_m, T_m), as `fold_windows` is then to be told: what lies
+    beyond the shorter one takes no part. plan[m, i, i] = 1 / n_m for i < n_m, and 0 elsewhere.
+    Raises DataError for lengths that are not whole numbers within 1..`width`, or differ in number.
+    Source: this package's; the rival that the paper's transport is compared with.
+    """
+    check_whole("width", width, 1)
+    num_windows = as_whole("student_lengths_M", student_lengths_M).size
+    student_lengths = checked_lengths(student_lengths_M, num_windows, width, "student_lengths_M")
+    teacher_lengths = checked_lengths(teacher_lengths_M, num_windows, width, "teacher_lengths_M")
+    lengths = np.minimum(student_lengths, teacher_lengths)
+    shares_MS = (np.arange(width) < lengths[:, None]) / lengths[:, None]
+    return shares_MS[:, :, None] * np.eye(width), lengths
+
+
 def split_targets(targets: SparseTargets, num_tokens: Sequence[int]) -> list[SparseTargets]:
     """The targets of several trajectories in a row, apart again: one for each of their lengths.
 

@@ -1,6 +1,6 @@
 """What a run writes down after every update: figures, the ledger, and what was given up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ class Books:
 
     sinks: Sinks
     ledger: Ledger
+    answers: StepLines
+    """which answers of every evaluation were right"""
     quarantine: Path
     """written only where something is put into it"""
 
@@ -37,11 +39,17 @@ class Books:
                 num_prompts=len(plan.train),
                 samples_per_prompt=plan.config.rollout.samples_per_prompt,
             ),
+            answers=StepLines(folder / "answers.jsonl", step),
             quarantine=quarantine,
         )
 
     def write_metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.sinks.write(step, values)
+
+    def write_answers(self, step: int, key: str, correct_PR: Sequence[Sequence[bool]]) -> None:
+        """Marks by held-out prompt and run: a text of 0 and 1 a run, in the order of the prompts."""
+        texts = ["".join(str(int(mark)) for mark in marks_P) for marks_P in zip(*correct_PR, strict=True)]
+        self.answers.write(step, {"key": key, "correct": texts})
 
     def write_update(self, step: int, update: Update, tasks: Tasks) -> None:
         """Which trajectories an update was made of, and which were given up before it."""
@@ -64,6 +72,7 @@ class Books:
 
     def close(self) -> None:
         self.sinks.close()
+        self.answers.close()
         self.ledger.close()
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from topd_ray.actors.events import Event
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, RolloutChunk
 from topd_ray.actors.traffic import Traffic
+from topd_ray.config.schema import EvaluationConfig
 from topd_ray.types import Completions, Prompt, RolloutRequest
 
 
@@ -54,8 +55,10 @@ class Fleet(FlowFleet, Protocol):
         """Publish; return the version that all rollout workers acknowledged."""
         ...
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
-        """Graded answers of the `student` or the `teacher`, in parts."""
+    def evaluate(
+        self, prompts: Sequence[Prompt], *, model: str, evaluation: EvaluationConfig, seed: int
+    ) -> Iterator[Completions]:
+        """Graded answers of the `student` or the `teacher`, in parts; `evaluation` says how they are drawn."""
         ...
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:

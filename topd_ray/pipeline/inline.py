@@ -13,7 +13,7 @@ from topd_ray.actors.sharing import check_receipt
 from topd_ray.actors.store import LocalStore
 from topd_ray.actors.teacher import TeacherWorker
 from topd_ray.actors.traffic import Traffic
-from topd_ray.config.schema import TopdConfig
+from topd_ray.config.schema import EvaluationConfig, TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.types import Completions, Prompt, RolloutRequest
 from topd_ray.weights.bundle import weight_metrics
@@ -106,9 +106,11 @@ class InlineFleet:
         self._weight_metrics = weight_metrics(bundle, [receipt])
         return check_receipt(0, [bundle], receipt)
 
-    def evaluate(self, prompts: Sequence[Prompt], *, model: str, seed: int) -> Iterator[Completions]:
+    def evaluate(
+        self, prompts: Sequence[Prompt], *, model: str, evaluation: EvaluationConfig, seed: int
+    ) -> Iterator[Completions]:
         worker = self._rollout if model == "student" else self._teacher
-        return worker.evaluate(prompts, seed=seed)
+        return worker.evaluate(prompts, evaluation=evaluation, seed=seed)
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
         return self._rollout.own_teacher(requests, self._config.teacher.top_k)

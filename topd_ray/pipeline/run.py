@@ -165,7 +165,9 @@ class Session:
         try:
             self._begin()
             self._evaluate_once("teacher", evaluation.teacher)
-            self._evaluate_once("before", evaluation.before and self._state.step == 0)
+            before = evaluation.before and self._state.step == 0
+            self._evaluate_once("before", before)
+            self._evaluate_once("before_sampled", before and evaluation.sampled_runs > 0)
             try:
                 self._train_steps()
             except (RolloutError, TeacherError):
@@ -175,6 +177,7 @@ class Session:
             self._save()
             self._flow.drain()
             self._evaluate_once("after", evaluation.after)
+            self._evaluate_once("after_sampled", evaluation.after and evaluation.sampled_runs > 0)
         except RunInterrupted:
             self._save()
             self._say(f"checkpoint of update {self._state.step} written; the same command goes on from it")
@@ -279,23 +282,28 @@ class Session:
 
     def _evaluate(self, key: str) -> PassAt1:
         model = "teacher" if key == "teacher" else "student"
+        sampled = key.endswith("_sampled")
+        evaluation = self._config.sampled_evaluation if sampled else self._config.evaluation
+        heldout, seed = self._plan.heldout, self._config.run.seed
         watch = Stopwatch()
         with watch.time("evaluation"):
-            parts = self._fleet.evaluate(self._plan.heldout, model=model, seed=self._config.run.seed)
-            completions = collect(parts, len(self._plan.heldout))
-        accuracy = pass_at_1(completions.correct, seed=self._config.run.seed)
+            parts = self._fleet.evaluate(heldout, model=model, evaluation=evaluation, seed=seed)
+            completions = collect(parts, len(heldout))
+        accuracy = pass_at_1(completions.correct, seed=seed)
         self._say(
             f"pass@1 of the {model}{'' if model == key else ' ' + key.replace('_', ' ')}: {accuracy.mean:.1%} "
             f"[{accuracy.low:.1%}, {accuracy.high:.1%}] on {accuracy.num_prompts} prompts x {accuracy.num_runs}"
         )
         num_answers = accuracy.num_prompts * accuracy.num_runs
+        prefix = f"evaluation/{model}{'_sampled' if sampled else ''}"
         values = {
-            f"evaluation/{model}/pass_at_1": accuracy.mean,
-            f"evaluation/{model}/pass_at_1_low": accuracy.low,
-            f"evaluation/{model}/pass_at_1_high": accuracy.high,
-            f"evaluation/{model}/answer_tokens": completions.num_tokens / num_answers,
-            f"evaluation/{model}/cut_by_length": completions.num_cut / num_answers,
+            f"{prefix}/pass_at_1": accuracy.mean,
+            f"{prefix}/pass_at_1_low": accuracy.low,
+            f"{prefix}/pass_at_1_high": accuracy.high,
+            f"{prefix}/answer_tokens": completions.num_tokens / num_answers,
+            f"{prefix}/cut_by_length": completions.num_cut / num_answers,
         }
+        self._books.write_answers(self._state.step, key, [completions.correct[one.prompt_id] for one in heldout])
         self._books.write_metrics(self._state.step, {**values, **reduce(watch.metrics())})
         return accuracy
 

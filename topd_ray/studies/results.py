@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topd_ray.actors.node_facts import versions
-from topd_ray.config import yaml12
-from topd_ray.config.load import dump_config
+from topd_ray.config.load import dump_config, load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.checkpoint import write_whole
@@ -50,14 +49,14 @@ def claim_folder(folder: Path, config: TopdConfig, ignore: Sequence[str] = ()) -
     """Make `folder` this config's, or go on in it.
 
     Raises ConfigError where it is another config's, naming the first fields that differ; those below a dotted key in
-    `ignore` may.
+    `ignore` may. A field that is newer than the folder counts as having had its default there.
     """
     path = folder / CONFIG
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, dump_config(config))
         return
-    found = _flat(yaml12.parse(path.read_text(), str(path)))
+    found = _flat(load_config(path).model_dump(mode="json"))
     mine = _flat(config.model_dump(mode="json"))
     keys = [
         key

@@ -1,0 +1,114 @@
+"""What the ablation and the sweep compare: arms, each the same run with a few fields set.
+
+Every arm is listed here, and nowhere else. Fields that an arm does not set are those of the config.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from topd_ray.config.schema import TopdConfig
+from topd_ray.config.study_schema import ArmsConfig
+from topd_ray.errors import ConfigError
+
+START, OPD, TOPD = "start", "opd", "topd"
+"""The student before its first update (no arm: every run evaluates it), and the two arms that all are held against."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """Runs that differ from the others in `overrides`."""
+
+    name: str
+    text: str
+    """what it is, for a table"""
+    overrides: tuple[str, ...]
+    """over the config, as on the command line"""
+
+
+def _arm(name: str, text: str, *overrides: str) -> Arm:
+    return Arm(name=name, text=text, overrides=overrides)
+
+
+_OPD = ("objective.method=opd", "objective.cap=none")
+_TOPD = ("objective.method=topd", "objective.cap=none")
+
+ABLATION = (
+    _arm(OPD, "per-token distillation", *_OPD),
+    _arm("opd-low-cap", "OPD, false alarms capped", "objective.method=opd", "objective.cap=low_ot"),
+    _arm("opd-high-cap", "OPD, as many real forks capped", "objective.method=opd", "objective.cap=matched_high_ot"),
+    _arm(TOPD, "trajectory-aware", *_TOPD),
+    _arm("topd-low-cap", "TOPD, false alarms capped", "objective.method=topd", "objective.cap=low_ot"),
+)
+"""Tables 1 and 2 of the paper, and TOPD with caps."""
+
+PAPER = {START: 38.9, OPD: 47.8, "opd-low-cap": 48.2, "opd-high-cap": 42.1, TOPD: 52.2}
+"""pass@1 of the paper, average of three benchmarks (%)."""
+
+
+def sweep(config: TopdConfig) -> tuple[Arm, ...]:
+    """OPD and TOPD as configured, TOPD with one field changed, and rivals that cost less or as much.
+
+    Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/3, 10/3, 10; the
+    window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
+    """
+    return (
+        _arm(OPD, "per-token distillation", *_OPD),
+        _arm(TOPD, "as configured", *_TOPD),
+        *_numbers(config),
+        _topd("sampled-windows", "teacher windows drawn", "near_future.teacher_decoding=sample"),
+        _topd("entropic", "entropic plans", "near_future.transport=entropic"),
+        _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
+        _more_rollouts(config),
+        _opd("policy-gradient", "policy gradient on the sampled token", "objective.divergence=sampled_pg"),
+    )
+
+
+def chosen(arms: Sequence[Arm], settings: ArmsConfig) -> tuple[Arm, ...]:
+    """The built-in `arms` and the config's own, less those that `only` leaves out.
+
+    Raises ConfigError for a name that is none, or is taken.
+    """
+    names = [arm.name for arm in arms]
+    if taken := sorted({*names, START} & {*settings.more}):
+        raise ConfigError(f"studies.arms.more: found {', '.join(taken)}, right would be names other than the built-in")
+    every = [*arms, *(_arm(name, "", *overrides) for name, overrides in settings.more.items())]
+    known = [arm.name for arm in every]
+    if strangers := sorted({*settings.only} - {*known, START}):
+        raise ConfigError(
+            f"studies.arms.only: found {', '.join(strangers)}, right would be some of {', '.join([START, *known])}"
+        )
+    return tuple(arm for arm in every if not settings.only or arm.name in (OPD, *settings.only))
+
+
+def _opd(name: str, text: str, *overrides: str) -> Arm:
+    return _arm(name, text, *_OPD, *overrides)
+
+
+def _topd(name: str, text: str, *overrides: str) -> Arm:
+    return _arm(name, text, *_TOPD, *overrides)
+
+
+def _numbers(config: TopdConfig) -> Iterator[Arm]:
+    near_future = config.near_future
+    for factor in (1 / 3, 10 / 3, 10.0):
+        value = f"{config.objective.guidance_weight * factor:.3g}"
+        yield _topd(f"lambda-{value}", "weight of the guidance", f"objective.guidance_weight={value}")
+    for factor in (0.5, 2.0, 4.0):
+        window = max(1, round(near_future.window * factor))
+        yield _topd(f"window-{window}", "tokens of a window (K)", f"near_future.window={window}")
+    for factor in (0.5, 2.0, 4.0):
+        value = f"{min(1.0, near_future.candidate_fraction * factor):.3g}"
+        yield _topd(f"candidates-{value}", "share of candidates", f"near_future.candidate_fraction={value}")
+
+
+def _more_rollouts(config: TopdConfig) -> Arm:
+    """OPD that spends TOPD's extra teacher tokens on more prompts an update.
+
+    Per response token OPD's teacher scores one, TOPD's also continues candidate_fraction prefixes by up to K tokens:
+    1 + candidate_fraction x K times the work (a bound: windows end with the sequence).
+    """
+    factor = 1.0 + config.near_future.candidate_fraction * config.near_future.window
+    prompts = round(config.rollout.prompts_per_step * factor)
+    return _opd(
+        "opd-more-rollouts", f"OPD with x {factor:.2f} prompts an update", f"rollout.prompts_per_step={prompts}"
+    )
