@@ -1,4 +1,4 @@
-"""The command line: `topd run`, `topd submit`, `topd eval`, `topd study`, `topd doctor`.
+"""The command line: `topd run`, `topd submit`, `topd eval`, `topd probe`, `topd study`, `topd doctor`.
 
 Exit codes: 0 done, 1 failed while running, 2 bad input, 128 + n stopped by signal n.
 """
@@ -105,6 +105,16 @@ def local_correction_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def probe_command(args: argparse.Namespace) -> int:
+    """Compare the near futures of student and teacher from high-loss, random and low-loss positions."""
+    config = load_config(args.config, args.overrides)
+    check_inputs(config, training=False)
+    from topd_ray.studies.probe import probe
+
+    probe(config, args.out, f"topd probe {_shown(args)}", Say())
+    return 0
+
+
 def ablation_command(args: argparse.Namespace) -> int:
     """The paper's ablation: OPD, both caps and TOPD, each with several seeds, from the same student."""
     return _compare("ablation", args)
@@ -199,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(evaluate)
     evaluate.add_argument("--model", help="Hugging Face folder or hub name (default: student.model)")
     evaluate.set_defaults(command=eval_command)
+    probe = commands.add_parser(
+        "probe", help="where the futures part", description=probe_command.__doc__, allow_abbrev=False
+    )
+    _config_arguments(probe)
+    probe.add_argument("--out", type=Path, default=Path("studies/probe"), help="its folder (default: studies/probe)")
+    probe.set_defaults(command=probe_command)
     study = commands.add_parser("study", help="repeat an experiment of the paper", description=_STUDY)
     studies = study.add_subparsers(required=True, metavar="STUDY")
     _study(studies, "ablation", ablation_command)

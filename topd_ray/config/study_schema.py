@@ -12,6 +12,8 @@ class ProbeConfig(Section):
 
     num_trajectories: PositiveInt = 256
     """Student rollouts to look at; of each, as many positions of every kind as it has candidates."""
+    trajectories_per_part: PositiveInt = 32
+    """Rollouts that are drawn, looked at and kept together; an interruption loses no more than one such part."""
     num_examples: PositiveInt = 8
     """Most striking false alarms, and real forks, written out to read."""
 

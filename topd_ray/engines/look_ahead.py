@@ -1,6 +1,7 @@
 """From trajectories to guided trajectories: score, look into the near future, compare, fold (paper, section 4).
 
-Axes: T response tokens of one trajectory, M windows (candidates), V vocabulary, D embedding width.
+Axes: T response tokens of one trajectory, M windows (candidates), V vocabulary, D embedding width; of windows side by
+side, S student and T teacher tokens (see transport.py).
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.grouping import runs_within
 from topd_ray.objective.candidates import random_candidates, select_candidates, token_loss
 from topd_ray.objective.targets import cap_mask, classify, fold_windows, identity_plans, split_targets
-from topd_ray.objective.transport import ground_cost, pad_windows, solve_windows, unit_embeddings
-from topd_ray.types import Float32, GuidedTrajectory, Int32, TeacherScores, Trajectory, Windows
+from topd_ray.objective.transport import TransportResult, ground_cost, pad_windows, solve_windows, unit_embeddings
+from topd_ray.types import Float32, GuidedTrajectory, Int32, Int64, TeacherScores, Trajectory, Windows
 
 # Entries of the costs of all windows that are solved together, in float64 16 MB: 838 windows of 50 x 50.
 LARGEST_GROUP = 2**21
@@ -33,6 +34,60 @@ class Asked:
     """[M], ascending"""
     continuations: tuple[Int32, ...]
     """M teacher windows"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compared:
+    """M pairs of windows, and what it costs to move one onto the other."""
+
+    cost_MST: torch.Tensor
+    """ground cost, see transport.py"""
+    solved: TransportResult
+    teacher_ids_MT: Int64
+    student_lengths_M: Int64
+    teacher_lengths_M: Int64
+
+
+def continue_candidates(
+    engine: TeacherEngine,
+    config: NearFutureConfig,
+    trajectories: Sequence[Trajectory],
+    positions: Sequence[Int32],
+    seed: int,
+) -> list[list[Int32]]:
+    """The teacher's windows from each of a trajectory's `positions`, trajectory by trajectory, all in one go."""
+    prefixes, seeds = [], []
+    for trajectory, positions_M in zip(trajectories, positions, strict=True):
+        ids = [*trajectory.prompt_ids.tolist(), *trajectory.response_ids.tolist()]
+        for position in positions_M.tolist():
+            prefixes.append(ids[: len(trajectory.prompt_ids) + position])
+            seeds.append(stable_seed(seed, "window", trajectory.trajectory_id, position))
+    if not prefixes:
+        return [[] for _ in positions]
+    windows = iter(engine.continue_prefixes(prefixes, config.window, decoding=config.teacher_decoding, seeds=seeds))
+    return [[next(windows) for _ in positions_M] for positions_M in positions]
+
+
+def compare_windows(
+    student_windows: Sequence[Int32],
+    teacher_windows: Sequence[Int32],
+    embedding_VD_unit: torch.Tensor,
+    config: NearFutureConfig,
+) -> Compared:
+    """Transport between pairs of windows, all padded to `config.window`: a pair's arithmetic is the same in company."""
+    student_ids, student_lengths = pad_windows(student_windows, config.window)
+    teacher_ids, teacher_lengths = pad_windows(teacher_windows, config.window)
+    cost = ground_cost(student_ids, teacher_ids, embedding_VD_unit, student_lengths, teacher_lengths)
+    solved = solve_windows(
+        cost, student_lengths, teacher_lengths, method=config.transport, epsilon=config.entropic_epsilon
+    )
+    return Compared(
+        cost_MST=cost,
+        solved=solved,
+        teacher_ids_MT=teacher_ids,
+        student_lengths_M=student_lengths,
+        teacher_lengths_M=teacher_lengths,
+    )
 
 
 class LookAhead:
@@ -61,15 +116,12 @@ class LookAhead:
         """Score all trajectories, then continue all their candidate prefixes in one go."""
         scores = self._engine.score([(one.prompt_ids, one.response_ids) for one in trajectories])
         positions = [self._candidates(*pair) for pair in zip(trajectories, scores, strict=True)]
-        continuations = iter(self._continue(trajectories, positions))
+        continuations = continue_candidates(self._engine, self._config, trajectories, positions, self._seed)
         return [
-            Asked(
-                trajectory=trajectory,
-                scores=score,
-                positions=positions_M,
-                continuations=tuple(next(continuations) for _ in positions_M),
+            Asked(trajectory=trajectory, scores=score, positions=positions_M, continuations=tuple(windows))
+            for trajectory, score, positions_M, windows in zip(
+                trajectories, scores, positions, continuations, strict=True
             )
-            for trajectory, score, positions_M in zip(trajectories, scores, positions, strict=True)
         ]
 
     def fold(self, pending: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
@@ -87,56 +139,39 @@ class LookAhead:
         losses_T = token_loss(scores.sampled_logprobs, trajectory.behaviour_logprobs, self._config.ranking)
         return select_candidates(losses_T, fraction, min_distance)
 
-    def _continue(self, trajectories: Sequence[Trajectory], positions: Sequence[Int32]) -> list[Int32]:
-        """The teacher's windows of all candidates, trajectory by trajectory."""
-        prefixes, seeds = [], []
-        for trajectory, positions_M in zip(trajectories, positions, strict=True):
-            ids = [*trajectory.prompt_ids.tolist(), *trajectory.response_ids.tolist()]
-            for position in positions_M.tolist():
-                prefixes.append(ids[: len(trajectory.prompt_ids) + position])
-                seeds.append(stable_seed(self._seed, "window", trajectory.trajectory_id, position))
-        if not prefixes:
-            return []
-        return self._engine.continue_prefixes(
-            prefixes, self._config.window, decoding=self._config.teacher_decoding, seeds=seeds
-        )
-
     def _fold_group(self, group: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         num_tokens = [asked.trajectory.num_response_tokens for asked in group]
         offsets = np.cumsum([0, *num_tokens])
-        # All padded to the same width, so that a window's arithmetic does not depend on its company.
-        width = self._config.window
-        student_ids, student_lengths = pad_windows(
+        compared = compare_windows(
             [
-                asked.trajectory.response_ids[position : position + width]
+                asked.trajectory.response_ids[position : position + self._config.window]
                 for asked in group
                 for position in asked.positions.tolist()
             ],
-            width,
+            [ids for asked in group for ids in asked.continuations],
+            self._embedding_VD_unit,
+            self._config,
         )
-        teacher_ids, teacher_lengths = pad_windows([ids for asked in group for ids in asked.continuations], width)
-        solved = solve_windows(
-            ground_cost(student_ids, teacher_ids, self._embedding_VD_unit, student_lengths, teacher_lengths),
-            student_lengths,
-            teacher_lengths,
-            method=self._config.transport,
-            epsilon=self._config.entropic_epsilon,
-        )
-        distances = solved.distance_M.numpy().astype(np.float32)
+        distances = compared.solved.distance_M.numpy().astype(np.float32)
         divergent = classify(distances, threshold)
         # A trajectory's windows start at its own offset in the responses laid end to end.
         starts = np.concatenate([asked.positions + offset for asked, offset in zip(group, offsets[:-1], strict=True)])
         guides = divergent if self._objective.method == "topd" else np.zeros_like(divergent)
         plan, student_lengths, teacher_lengths = (
-            solved.plan_MST.numpy()[guides],
-            student_lengths[guides],
-            teacher_lengths[guides],
+            compared.solved.plan_MST.numpy()[guides],
+            compared.student_lengths_M[guides],
+            compared.teacher_lengths_M[guides],
         )
         if self._config.plan == "identity":
-            plan, student_lengths = identity_plans(student_lengths, teacher_lengths, width)
+            plan, student_lengths = identity_plans(student_lengths, teacher_lengths, self._config.window)
             teacher_lengths = student_lengths
         targets = fold_windows(
-            plan, teacher_ids[guides], starts[guides], int(offsets[-1]), student_lengths, teacher_lengths
+            plan,
+            compared.teacher_ids_MT[guides],
+            starts[guides],
+            int(offsets[-1]),
+            student_lengths,
+            teacher_lengths,
         )
         ends = np.cumsum([len(asked.positions) for asked in group])[:-1]
         parts = zip(

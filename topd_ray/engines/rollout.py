@@ -160,6 +160,10 @@ class RolloutEngine:
         self._check_whole()
         return self._engine.score(sequences, top_k)
 
+    def forget_prefixes(self) -> None:
+        """Compute every prefix anew from here on, as an engine that has just been built does."""
+        self._engine.reset_prefix_cache()
+
     def update_weights(
         self, version: int, weights: Iterable[Named] | Delivery | IpcDelivery, *, interrupt: bool = False
     ) -> WeightReceipt:

@@ -110,6 +110,10 @@ class TeacherEngine:
             seed=seed,
         )
 
+    def forget_prefixes(self) -> None:
+        """Compute every prefix anew from here on, as an engine that has just been built does."""
+        self._engine.reset_prefix_cache()
+
     def embedding(self) -> Float32:
         """The input embedding of the tokenizer's tokens, float32 [V, D], read from the checkpoint's files."""
         return read_embedding(self._teacher, self._engine.vocabulary.size)

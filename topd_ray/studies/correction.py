@@ -111,7 +111,7 @@ class Student:
         """
         generator = torch.Generator().manual_seed(seed)
         num_rows = num_samples + greedy
-        ids_N1 = torch.as_tensor(prefix_ids, dtype=torch.long, device=self._device)[None]
+        ids_N1 = torch.tensor(prefix_ids.tolist(), device=self._device)[None]
         out = self._model(input_ids=ids_N1, use_cache=True, logits_to_keep=1)
         cache, logits_NV = out.past_key_values, out.logits[:, -1].expand(num_rows, -1)
         cache.batch_repeat_interleave(num_rows)

@@ -5,10 +5,13 @@ Axes: P points, R learning rates.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from topd_ray.config.schema import TopdConfig
 from topd_ray.studies.divergent_points import Counts, Point
@@ -44,6 +47,19 @@ class Row:
     """before each update (nats a token)"""
 
 
+ROW_SCHEMA = pa.schema(
+    {
+        "point": pa.int64(),
+        "name": pa.string(),
+        "arm": pa.string(),
+        "learning_rate": pa.float64(),
+        "distance": pa.float64(),
+        "greedy": pa.float64(),
+        "losses": pa.list_(pa.float64()),
+    }
+)
+
+
 def columns_of(rows: Sequence[Row], kind: Kind) -> dict[tuple[str, float], Floats]:
     """[P] distances by arm and learning rate, in the order of the points."""
     columns: dict[tuple[str, float], list[float]] = {}
@@ -52,40 +68,55 @@ def columns_of(rows: Sequence[Row], kind: Kind) -> dict[tuple[str, float], Float
     return {key: np.asarray(column) for key, column in columns.items()}
 
 
-def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[float]) -> dict[str, Any]:
-    """Means with 95 % intervals over points; those of `rates` are by learning rate, for both kinds of continuation.
+def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[float], rate: float) -> dict[str, Any]:
+    """Means with 95 % intervals; those below `rates` are by learning rate, for both kinds of continuation.
 
     Of a rate: the mean that each arm leaves, `topd_minus_opd` and `identity_minus_topd` (paired), `ratio` (mean left by
     TOPD over mean left by OPD), the shares of points at which TOPD leaves less (`nearer`) and more (`farther`).
     `best_ratio`: the same ratio with either method at the rate that suits it best, which is chosen again in each
-    resample.
+    resample. `labels`: those of `rate` by what the mismatches mean, where that is known. Resamples are of prompts.
     """
+    clusters = clusters_of(points)
     figures: dict[str, Any] = {
         "num_points": len(points),
-        "rollout": bootstrap(_mean, [point.distance for point in points]),
-        "teacher_again": bootstrap(_mean, [point.teacher_again for point in points]),
+        "rollout": bootstrap(_mean, [point.distance for point in points], clusters=clusters),
+        "teacher_again": bootstrap(_mean, [point.teacher_again for point in points], clusters=clusters),
+        "labels": {},
     }
     kinds: tuple[Kind, ...] = ("distance", "greedy")
     for kind in kinds:
         columns = columns_of(rows, kind)
-        opd, topd = ([columns[arm, rate] for rate in rates] for arm in ("opd", "topd"))
+        opd, topd = ([columns[arm, one] for one in rates] for arm in ("opd", "topd"))
         figures[kind] = {
-            BEFORE: bootstrap(_mean, columns[BEFORE, 0.0]),
-            "rates": {rate: _of_rate({arm: columns[arm, rate] for arm in NAMES}) for rate in rates},
-            "best_ratio": bootstrap(_best_ratio, *opd, *topd),
+            BEFORE: bootstrap(_mean, columns[BEFORE, 0.0], clusters=clusters),
+            "rates": {one: _of_rate({arm: columns[arm, one] for arm in NAMES}, clusters) for one in rates},
+            "best_ratio": bootstrap(_best_ratio, *opd, *topd, clusters=clusters),
         }
+    columns = columns_of(rows, "distance")
+    for label in sorted({point.label for point in points if point.label}):
+        own = np.flatnonzero([point.label == label for point in points])
+        left = {arm: columns[arm, rate][own] for arm in NAMES}
+        before = bootstrap(_mean, columns[BEFORE, 0.0][own], clusters=clusters[own])
+        figures["labels"][label] = {BEFORE: before, **_of_rate(left, clusters[own])}
     return figures
 
 
-def _of_rate(left: Mapping[str, Floats]) -> dict[str, Interval]:
+def clusters_of(points: Sequence[Point]) -> NDArray[np.int64]:
+    """[P], the number of each point's prompt."""
+    prompts = [point.window.trajectory.prompt_id for point in points]
+    return np.unique(prompts, return_inverse=True)[1].astype(np.int64)
+
+
+def _of_rate(left: Mapping[str, Floats], clusters: NDArray[np.int64]) -> dict[str, Interval]:
     difference = left["topd"] - left["opd"]
+    over = partial(bootstrap, clusters=clusters)
     return {
-        **{arm: bootstrap(_mean, left[arm]) for arm in NAMES},
-        "topd_minus_opd": bootstrap(_mean, difference),
-        "identity_minus_topd": bootstrap(_mean, left["identity"] - left["topd"]),
-        "ratio": bootstrap(_ratio, left["topd"], left["opd"]),
-        "nearer": bootstrap(_mean, (difference < 0).astype(np.float64)),
-        "farther": bootstrap(_mean, (difference > 0).astype(np.float64)),
+        **{arm: over(_mean, left[arm]) for arm in NAMES},
+        "topd_minus_opd": over(_mean, difference),
+        "identity_minus_topd": over(_mean, left["identity"] - left["topd"]),
+        "ratio": over(_ratio, left["topd"], left["opd"]),
+        "nearer": over(_mean, (difference < 0).astype(np.float64)),
+        "farther": over(_mean, (difference > 0).astype(np.float64)),
     }
 
 
@@ -111,8 +142,10 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
         columns=["", "this pair", "paper"],
         rows=[[label, shown(value), shown(paper)] for label, value, paper in beside],
     )
+    labels = [_by_label(f"Left at learning rate {rate:g} by what the mismatch means", figures["labels"])]
     return [
         first,
+        *(labels if figures["labels"] else ()),
         _by_rate("Left by learning rate, continuations drawn again", sampled),
         _by_rate("Left by learning rate, greedy continuations", figures["greedy"]),
     ]
@@ -126,6 +159,13 @@ def _by_rate(title: str, figures: Mapping[str, Any]) -> Table:
         keys = ("opd", "topd", "identity", "ratio", "topd_minus_opd")
         rows.append([f"{rate:g}", *(shown(found[key]) for key in keys), shares])
     rows.append(["each at its best", "", "", "", shown(figures["best_ratio"]), "", ""])
+    return Table(title=title, columns=columns, rows=rows)
+
+
+def _by_label(title: str, figures: Mapping[str, Any]) -> Table:
+    columns = ["mismatch", "points", "before", "OPD", "TOPD", "identity", "TOPD / OPD"]
+    keys = (BEFORE, "opd", "topd", "identity", "ratio")
+    rows = [[label, str(found["opd"].n), *(shown(found[key]) for key in keys)] for label, found in figures.items()]
     return Table(title=title, columns=columns, rows=rows)
 
 

@@ -6,30 +6,34 @@ Axes: M candidates of one trajectory, K tokens of a window.
 
 import json
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.arrow import GUIDED_SCHEMA, batch_to_guided, guided_to_batch
+from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.engines.look_ahead import Asked, LookAhead
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.errors import ConfigError
 from topd_ray.objective import classify
 from topd_ray.pipeline.plan import Say
-from topd_ray.studies.futures import Distances, draw_rollouts, open_teacher
+from topd_ray.studies.futures import Distances, open_teacher
+from topd_ray.studies.labelling import Labeller, find_labeller
+from topd_ray.studies.rollouts import Rollouts, first_requests
 from topd_ray.studies.statistics import Floats
 from topd_ray.types import GuidedTrajectory, Int32, TeacherScores, Trajectory
 
 GUIDES_ALWAYS = -1.0
 """Threshold that every distance is above."""
-COUNTS = b"counts"
+ROLLOUTS_A_PART = 64
+COUNTS = b"topd_ray.counts"
+EXTRA = ("distance", "teacher_again", "label")
+"""What a point has besides its window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +47,8 @@ class Point:
     teacher_again: float
     """mean distance of continuations that the teacher samples, to its own window: what a student that had become the
     teacher would have left"""
+    label: str
+    """what the mismatch means, where that is known by construction (`labelling`); else empty"""
 
     @property
     def name(self) -> str:
@@ -68,82 +74,86 @@ class Counts:
     """candidates left out, because the length limit cuts the rollout's window short"""
     threshold: float
     """distance above which a candidate is divergent"""
-    seconds: float
 
 
-def find_points(config: TopdConfig, distances_of: Distances, say: Say) -> tuple[list[Point], Counts]:
+def find_points(config: TopdConfig, folder: Path, say: Say) -> tuple[list[Point], Counts]:
     """studies.local_correction.num_points points, in the order of their rollouts, or fewer if there are no more.
 
     Candidates are those of a training step. Divergent are those whose distance is above the quantile
     near_future.false_alarm_quantile of all candidates' distances; of a trajectory's, `points_per_trajectory` are drawn.
-    So many rollouts are written that one candidate each would do. Raises ConfigError where that quantile is 1.
+    So many rollouts are drawn, into `folder`, that one candidate each would do. The student's engine is gone by the
+    time the teacher's opens. Raises ConfigError where that quantile is 1, and otherwise as `first_requests` and
+    `Rollouts.read` do.
     """
-    study, quantile, started = (
-        config.studies.local_correction,
-        config.near_future.false_alarm_quantile,
-        time.monotonic(),
-    )
+    study, quantile = config.studies.local_correction, config.near_future.false_alarm_quantile
     if quantile == 1.0:
         raise ConfigError(
-            "near_future.false_alarm_quantile: found 1, which calls all a false alarm; right would be below"
+            "near_future.false_alarm_quantile: found 1, which lets nothing diverge; right would be below 1"
         )
-    rollouts = draw_rollouts(config, math.ceil(study.num_points / study.points_per_trajectory / (1.0 - quantile)), say)
+    tokenizer = load_tokenizer(config.student)
+    num_rollouts = math.ceil(study.num_points / study.points_per_trajectory / (1.0 - quantile))
+    rollouts = Rollouts(folder, first_requests(config, tokenizer, num_rollouts, say), ROLLOUTS_A_PART)
+    rollouts.draw(config, say)
+    trajectories = [one for part in range(rollouts.num_parts) for one in rollouts.read(part)]
+    distances_of, labeller = Distances(config), find_labeller(config, tokenizer)
+    say(f"loading {config.teacher.model}, which looks ahead")
     with open_teacher(config) as teacher:
-        say(f"scoring them, and looking ahead with {config.teacher.model}")
         look_ahead = window_look_ahead(config, distances_of, teacher)
-        asked = look_ahead.ask(rollouts)
+        asked = look_ahead.ask(trajectories)
         distances = [distances_of(_student_windows(config, one), one.continuations) for one in asked]
         threshold = float(np.quantile(np.concatenate(distances), quantile))
         cut = [_is_cut(config, one) for one in asked]
         chosen = [
-            (one, int(m), float(distances_M[m]))
+            (one, m, float(distances_M[m]))
             for one, distances_M, cut_M in zip(asked, distances, cut, strict=True)
             for m in _choose(config, one.trajectory, np.flatnonzero(classify(distances_M, threshold) & ~cut_M))
         ][: study.num_points]
         windows = look_ahead.fold([_as_window(config, one, m) for one, m, _ in chosen], GUIDES_ALWAYS)
         again = _teacher_again(config, teacher, windows, distances_of)
     points = [
-        Point(window=window, distance=distance, teacher_again=float(left))
-        for window, (_, _, distance), left in zip(windows, chosen, again, strict=True)
+        Point(
+            window=window,
+            distance=distance,
+            teacher_again=float(left),
+            label=_label(labeller, one, m, window) if labeller else "",
+        )
+        for window, (one, m, distance), left in zip(windows, chosen, again, strict=True)
     ]
     return points, Counts(
-        num_trajectories=len(rollouts),
+        num_trajectories=len(trajectories),
         num_candidates=sum(map(len, distances)),
         num_cut=int(sum(cut_M.sum() for cut_M in cut)),
         threshold=threshold,
-        seconds=time.monotonic() - started,
     )
 
 
 def window_look_ahead(config: TopdConfig, distances_of: Distances, teacher: TeacherEngine) -> LookAhead:
-    """Looks ahead, and folds targets, whatever method the config trains with."""
+    """Looks ahead, and folds the targets of transport plans, whatever method and plan the config trains with."""
     objective = config.objective.model_copy(update={"method": "topd", "cap": "none"})
-    return LookAhead(config.near_future, objective, distances_of.embedding_VD, teacher, config.run.seed)
+    near_future = config.near_future.model_copy(update={"plan": "transport"})
+    return LookAhead(near_future, objective, distances_of.embedding_VD, teacher, config.run.seed)
 
 
-def save_points(path: Path, points: Sequence[Point], counts: Counts) -> None:
-    """One row a point, as Parquet; the file appears when it is whole."""
+def points_to_table(points: Sequence[Point], counts: Counts) -> pa.Table:
+    """One row a point; the counts are in the metadata."""
     table = pa.Table.from_batches([guided_to_batch([point.window for point in points])])
-    table = table.append_column("distance", pa.array([point.distance for point in points]))
-    table = table.append_column("teacher_again", pa.array([point.teacher_again for point in points]))
-    document = {name: getattr(counts, name) for name in counts.__slots__}
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), COUNTS: json.dumps(document).encode()})
-    unfinished = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, unfinished)
-    unfinished.rename(path)
+    for name in EXTRA:
+        table = table.append_column(name, pa.array([getattr(point, name) for point in points]))
+    return table.replace_schema_metadata({**table.schema.metadata, COUNTS: json.dumps(asdict(counts)).encode()})
 
 
-def load_points(path: Path) -> tuple[list[Point], Counts]:
-    """What `save_points` wrote."""
-    table = pq.read_table(path).combine_chunks()
-    counts = Counts(**json.loads(table.schema.metadata[COUNTS]))
-    columns = [table[name].combine_chunks().cast(GUIDED_SCHEMA.field(name).type) for name in GUIDED_SCHEMA.names]
-    windows = batch_to_guided(pa.RecordBatch.from_arrays(columns, schema=GUIDED_SCHEMA)) if table.num_rows else []
-    more = zip(table["distance"].to_pylist(), table["teacher_again"].to_pylist(), strict=True)
-    return [
-        Point(window=window, distance=distance, teacher_again=again)
-        for window, (distance, again) in zip(windows, more, strict=True)
-    ], counts
+def table_to_points(table: pa.Table) -> tuple[list[Point], Counts]:
+    """What `points_to_table` was given."""
+    (batch,) = table.combine_chunks().to_batches()
+    windows = batch_to_guided(
+        pa.RecordBatch.from_arrays([batch[name] for name in GUIDED_SCHEMA.names], schema=GUIDED_SCHEMA)
+    )
+    more = zip(*(batch[name].to_pylist() for name in EXTRA), strict=True)
+    points = [
+        Point(window=window, **dict(zip(EXTRA, values, strict=True)))
+        for window, values in zip(windows, more, strict=True)
+    ]
+    return points, Counts(**json.loads(table.schema.metadata[COUNTS]))
 
 
 def _student_windows(config: TopdConfig, asked: Asked) -> list[Int32]:
@@ -190,6 +200,11 @@ def _as_window(config: TopdConfig, asked: Asked, m: int) -> Asked:
 def as_asked(window: Trajectory, scores: TeacherScores, teacher_ids: Int32) -> Asked:
     """A trajectory that is one window, with the teacher's window after the same prefix."""
     return Asked(trajectory=window, scores=scores, positions=np.zeros(1, np.int32), continuations=(teacher_ids,))
+
+
+def _label(labeller: Labeller, asked: Asked, m: int, window: GuidedTrajectory) -> str:
+    student_ids, teacher_ids = window.trajectory.response_ids, asked.continuations[m]
+    return labeller(asked.trajectory, int(asked.positions[m]), student_ids.tolist(), teacher_ids.tolist())
 
 
 def _teacher_again(

@@ -10,13 +10,13 @@ updated policy before each update, and scores it again: `studies.local_correctio
 What a point would have left without any update is drawn anew too (`before`). Points are chosen for the distance of
 their rollout, so another draw from the very same policy is nearer on average, and that is nobody's merit.
 
-    folder/points.parquet      the points; written once
-    folder/rows/00000.parquet  what was measured at the first ten; a point that is in a file is not done again
-    folder/results.json, *.png
+    rollouts  ->  divergent points  ->  updates and redraws, point by point  ->  results.json, picture
+
+All in `Parts` of the folder rows/, so that what is there is not made again.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
@@ -35,32 +34,52 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import check_same_vocabulary
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import DataError
+from topd_ray.objective import fold_windows, identity_plans, pad_windows
 from topd_ray.pipeline.plan import Say
 from topd_ray.studies.correction import Method, Student
-from topd_ray.studies.correction_figures import BEFORE, Row, draw_picture, figures_of, notes_of, tables_of
+from topd_ray.studies.correction_figures import (
+    BEFORE,
+    PAPER,
+    ROW_SCHEMA,
+    Row,
+    draw_picture,
+    figures_of,
+    notes_of,
+    tables_of,
+)
 from topd_ray.studies.divergent_points import (
     GUIDES_ALWAYS,
     Counts,
     Point,
     as_asked,
     find_points,
-    load_points,
-    save_points,
+    points_to_table,
+    table_to_points,
     window_look_ahead,
 )
 from topd_ray.studies.futures import Distances, open_teacher
+from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.types import GuidedTrajectory, SparseTargets, Trajectory
 
 STUDY = "local-correction"
-POINTS_A_FILE = 10
-SECONDS = b"seconds"
+POINTS_A_PART = 10
 PICTURE = "local-correction.png"
-ELSEWHERE = (
+UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
-    *("evaluation", "metrics", "buffer", "pipeline", "faults", "weights", "resources", "studies.probe", "studies.arms"),
+    *("data.heldout", "data.arithmetic.num_heldout", "near_future.quantile_window", "near_future.plan"),
+    *(
+        "objective.method",
+        "objective.cap",
+        "objective.importance_horizon",
+        "learner.schedule",
+        "learner.warmup_fraction",
+    ),
+    *("learner.dtype", "learner.zero_stage", "learner.num_ranks", "learner.max_tokens_per_micro_batch"),
+    *("buffer", "pipeline", "faults", "weights", "evaluation", "metrics", "resources"),
+    *("teacher.verify", "teacher.num_workers", "rollout.num_workers", "studies.probe", "studies.arms"),
 )
-"""Parts of the config that change nothing here: a folder goes on under other values of them."""
+"""Fields that nothing here depends on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +93,9 @@ class Arm:
 def identity_targets(window: GuidedTrajectory) -> SparseTargets:
     """Position i learns the teacher's i-th token, and nothing beyond the shorter window: what transport adds to."""
     num_tokens, teacher_ids = window.trajectory.num_response_tokens, window.windows.teacher_ids
-    num_guided = min(num_tokens, len(teacher_ids))
-    return SparseTargets(
-        indptr=np.minimum(np.arange(num_tokens + 1, dtype=np.int64), num_guided),
-        token_ids=teacher_ids[:num_guided],
-        weights=np.ones(num_guided, np.float32),
-        entropy=np.zeros(num_tokens, np.float32),
-    )
+    width = max(num_tokens, len(teacher_ids))
+    plan, lengths = identity_plans([num_tokens], [len(teacher_ids)], width)
+    return fold_windows(plan, pad_windows([teacher_ids], width)[0], [0], num_tokens, lengths, lengths)
 
 
 ARMS = {
@@ -90,31 +105,35 @@ ARMS = {
 }
 
 
-def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -> None:
+def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -> Results:
     """Measure, or go on measuring, in `folder`; print the tables and write results.json.
 
     Raises ConfigError for a folder of another config or vocabularies that differ, DataError where there is no divergent
     point at all, NonFiniteLossError for a learning rate under which the student bursts.
     """
     check_same_vocabulary(config.student, config.teacher)
-    claim_folder(folder, config, ELSEWHERE)
-    distances_of = Distances(config)
-    path = folder / "points.parquet"
-    if path.exists():
-        points, counts = load_points(path)
-        say(f"{path}: {len(points)} points")
-    else:
-        points, counts = find_points(config, distances_of, say)
+    claim_folder(folder, config, UNRELATED)
+    found = Parts(folder / "rows", "points", 1)
+    if found.missing():
+        points, counts = find_points(config, folder / "rows", say)
         if not points:
             raise DataError(
                 f"{counts.num_candidates} candidates of {counts.num_trajectories} rollouts: none is divergent; right "
                 "would be a pair whose futures part, or more studies.local_correction.num_points"
             )
-        save_points(path, points, counts)
-        say(f"{len(points)} divergent points of {counts.num_candidates} candidates")
-    seconds = _measure(config, folder / "rows", points, distances_of, say)
-    rows = [row for file in sorted((folder / "rows").glob("*.parquet")) for row in _load_rows(file)]
-    _conclude(config, folder, command, points, counts, rows, seconds + counts.seconds)
+        found.write(0, points_to_table(points, counts))
+    points, counts = table_to_points(found.read(0))
+    say(f"{len(points)} divergent points of {counts.num_candidates} candidates")
+    measured = Parts(folder / "rows", "corrected", math.ceil(len(points) / POINTS_A_PART))
+    _measure(config, measured, points, say)
+    rows = [Row(**values) for values in measured.read_all().to_pylist()]
+    results = _conclude(config, folder, command, points, counts, rows, found.seconds() + measured.seconds())
+    for table in results.tables:
+        say(f"\n{table.text()}\n")
+    for note in results.notes:
+        say(note)
+    say(f"{folder}/: results.json, {PICTURE}; {results.seconds:.0f} s")
+    return results
 
 
 def learning_rates(config: TopdConfig) -> tuple[float, list[float]]:
@@ -174,28 +193,34 @@ def rows_of_point(
     ]
 
 
-def _measure(config: TopdConfig, folder: Path, points: Sequence[Point], distances_of: Distances, say: Say) -> float:
-    """Write the files that are missing; the seconds that all of them took."""
-    folder.mkdir(exist_ok=True)
-    files = {folder / f"{start // POINTS_A_FILE:05d}.parquet": start for start in range(0, len(points), POINTS_A_FILE)}
-    missing = {file: start for file, start in files.items() if not file.exists()}
-    if missing:
-        with ExitStack() as stack:
-            torch.set_num_threads(threads(config, "learner"))
-            student = Student(config)
-            redrawn = None
-            if config.studies.local_correction.redraw_window:
-                redrawn = stack.enter_context(_Redrawing(config, student, distances_of))
-            say(f"correcting {len(points)} points, {len(files) - len(missing)} of {len(files)} files are there")
-            for file, start in tqdm(missing.items(), desc="correcting", unit="file", disable=None, leave=False):
-                started = time.monotonic()
-                rows = [
-                    row
-                    for index, point in enumerate(points[start : start + POINTS_A_FILE], start)
-                    for row in rows_of_point(config, student, index, point, distances_of, redrawn)
-                ]
-                _save_rows(file, rows, time.monotonic() - started)
-    return sum(float(pq.read_schema(file).metadata[SECONDS]) for file in files)
+def _measure(config: TopdConfig, parts: Parts, points: Sequence[Point], say: Say) -> None:
+    """Make the parts that are missing."""
+    missing = parts.missing()
+    if not missing:
+        return
+    parts.begin()
+    # As many as the student's vLLM engine had, by which torch's number is settled on a CPU.
+    torch.set_num_threads(threads(config, "rollout"))
+    say(f"loading {config.student.model}, which is corrected")
+    with ExitStack() as stack:
+        student, distances_of = Student(config), Distances(config)
+        redrawn = None
+        if config.studies.local_correction.redraw_window:
+            redrawn = stack.enter_context(_Redrawing(config, student, distances_of))
+        progress = stack.enter_context(
+            tqdm(total=len(points), desc="correcting", unit="point", disable=None, leave=False)
+        )
+        progress.update(len(points) - sum(len(points[_of_part(part)]) for part in missing))
+        for part in missing:
+            rows = []
+            for index in range(len(points))[_of_part(part)]:
+                rows += rows_of_point(config, student, index, points[index], distances_of, redrawn)
+                progress.update()
+            parts.write(part, pa.Table.from_pylist([asdict(row) for row in rows], schema=ROW_SCHEMA))
+
+
+def _of_part(part: int) -> slice:
+    return slice(part * POINTS_A_PART, (part + 1) * POINTS_A_PART)
 
 
 class _Redrawing:
@@ -223,20 +248,6 @@ class _Redrawing:
         return guided
 
 
-def _save_rows(path: Path, rows: Sequence[Row], seconds: float) -> None:
-    table = pa.Table.from_pylist([asdict(row) for row in rows]).replace_schema_metadata(
-        {SECONDS: repr(seconds).encode()}
-    )
-    unfinished = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, unfinished)
-    unfinished.rename(path)
-
-
-def _load_rows(path: Path) -> Iterator[Row]:
-    for values in pq.read_table(path).to_pylist():
-        yield Row(**values)
-
-
 def _conclude(
     config: TopdConfig,
     folder: Path,
@@ -245,27 +256,24 @@ def _conclude(
     counts: Counts,
     rows: Sequence[Row],
     seconds: float,
-) -> None:
+) -> Results:
     rate, rates = learning_rates(config)
-    figures: dict[str, Any] = figures_of(points, rows, rates)
+    figures: dict[str, Any] = figures_of(points, rows, rates, rate)
     tables = tables_of(figures, rate, config.near_future.window)
     draw_picture(folder / PICTURE, rows, figures, rate)
-    notes = notes_of(config, points, counts)
-    save_results(
-        folder,
-        Results(
-            study=STUDY,
-            command=command,
-            seeds=[config.run.seed],
-            seconds=seconds,
-            figures=_plain({**asdict(counts), "learning_rate": rate, **figures}),
-            tables=tables,
-            pictures=[PICTURE],
-            notes=notes,
-            config=dump_config(config),
-        ),
+    results = Results(
+        study=STUDY,
+        command=command,
+        seeds=[config.run.seed],
+        seconds=seconds,
+        figures=_plain({**asdict(counts), "learning_rate": rate, "paper": PAPER, **figures}),
+        tables=tables,
+        pictures=[PICTURE],
+        notes=notes_of(config, points, counts),
+        config=dump_config(config),
     )
-    print("\n\n".join(["", *(table.text() for table in tables), *notes, f"{seconds:.0f} s; {folder}/"]))
+    save_results(folder, results)
+    return results
 
 
 def _plain(figure: Any) -> Any:

@@ -1,6 +1,6 @@
 """Figures with 95 % bootstrap intervals, and what correlates with what."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,25 +27,33 @@ class Interval:
     n: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON knows no NaN: None."""
+        return {**asdict(self), "value": self.value if np.isfinite(self.value) else None}
 
 
-def bootstrap(statistic: Callable[..., float], *columns: Sequence[float] | Floats, seed: int = 0) -> Interval:
+def bootstrap(
+    statistic: Callable[..., float],
+    *columns: Sequence[float] | Floats,
+    clusters: Sequence[int] | NDArray[np.int64] | None = None,
+    seed: int = 0,
+) -> Interval:
     """`statistic(*columns)` with its percentile interval over 2,000 resamples of rows.
 
-    Rows are drawn together from all columns, so paired data stay paired. Resamples on which the statistic is not finite
-    (a constant column has no correlation) are left out. The interval is None below 20 rows, or if half of the resamples
-    are left out. Raises DataError for no rows, or columns of different lengths.
+    Rows are drawn together from all columns, so paired data stay paired. `clusters` numbers the rows that belong
+    together (positions of one prompt are not independent): these are then drawn as a whole. Resamples on which the
+    statistic is not finite (a constant column has no correlation) are left out. The interval is None below 20 rows or
+    clusters, or if half of the resamples are left out; n counts rows. Raises DataError for no rows, or columns of
+    different lengths.
     """
     arrays = [np.asarray(column, np.float64) for column in columns]
     num_rows = arrays[0].size
     if num_rows == 0 or any(array.shape != (num_rows,) for array in arrays):
         raise DataError(f"columns: shapes {[array.shape for array in arrays]}, want equally long ones of at least 1")
     value = float(statistic(*arrays))
-    if num_rows < FEWEST:
+    members = _members(np.arange(num_rows) if clusters is None else np.asarray(clusters, np.int64), num_rows)
+    if len(members) < FEWEST:
         return Interval(value=value, low=None, high=None, n=num_rows)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(num_rows, size=num_rows) for _ in range(RESAMPLES))
+    draws = _draws(members, np.random.default_rng(seed))
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.array([statistic(*(array[rows] for array in arrays)) for rows in draws])
     return _interval(value, values, num_rows)
@@ -84,6 +92,22 @@ def area_under_roc(positive: Floats, negative: Floats) -> float:
     ranks = rankdata(np.concatenate([positive, negative]))
     wins = float(ranks[: positive.size].sum()) - positive.size * (positive.size + 1) / 2
     return wins / (positive.size * negative.size)
+
+
+def _members(clusters: NDArray[np.int64], num_rows: int) -> list[NDArray[np.int64]]:
+    """The rows of each cluster."""
+    if clusters.shape != (num_rows,):
+        raise DataError(f"clusters: shape {clusters.shape}, want one number for each of {num_rows} rows")
+    order = np.argsort(clusters, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)
+
+
+def _draws(members: list[NDArray[np.int64]], rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """Rows of one resample after the other."""
+    alone = np.concatenate(members) if all(rows.size == 1 for rows in members) else None
+    for _ in range(RESAMPLES):
+        drawn = rng.integers(len(members), size=len(members))
+        yield np.concatenate([members[index] for index in drawn.tolist()]) if alone is None else alone[drawn]
 
 
 def _interval(value: float, values: Floats, num_rows: int) -> Interval:

@@ -1,0 +1,179 @@
+"""`topd probe`: do high-loss tokens announce futures that part? (figures 2, 4 and 6 of the paper)
+
+    rollouts drawn  ->  student engine closed  ->  teacher scores, continues, compares  ->  figures, pictures, examples
+
+Both engines run in this process, one after the other, so the weights of one model only are in memory.
+"""
+
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from topd_ray.actors.parts import threads
+from topd_ray.config.load import dump_config
+from topd_ray.config.schema import TopdConfig
+from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
+from topd_ray.engines.checkpoint import read_embedding
+from topd_ray.engines.teacher import TeacherEngine
+from topd_ray.pipeline.checkpoint import write_whole
+from topd_ray.pipeline.plan import Say
+from topd_ray.studies.labelling import find_labeller
+from topd_ray.studies.parts import Parts
+from topd_ray.studies.probe_examples import examples_page, find_examples
+from topd_ray.studies.probe_figures import PAPER, Figures, Probed, find_figures
+from topd_ray.studies.probe_pictures import draw_pictures
+from topd_ray.studies.probe_rows import KINDS, Prober, loss_of
+from topd_ray.studies.results import Results, claim_folder, save_results
+from topd_ray.studies.rollouts import Rollouts, first_requests
+from topd_ray.studies.tables import Table, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXAMPLES = "examples.md"
+UNRELATED = (
+    *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
+    *("data.heldout", "data.arithmetic.num_heldout"),
+    *("near_future.transport", "near_future.false_alarm_quantile", "near_future.quantile_window", "near_future.plan"),
+    *("objective", "learner", "buffer", "pipeline", "faults", "weights", "evaluation", "metrics", "resources"),
+    *("teacher.verify", "teacher.num_workers", "rollout.num_workers", "rollout.prompts_per_step"),
+    *("studies.probe.num_examples", "studies.local_correction", "studies.arms"),
+)
+"""Fields that no row of a probe depends on."""
+
+
+def probe(config: TopdConfig, out: Path, command: str, say: Say) -> Results:
+    """Probe the config's pair; results.json, pictures, examples.md and all rows in `out`.
+
+    Goes on where an earlier session stopped. Raises ConfigError for models of different vocabularies and for a folder
+    of another config, DataError for prompts that cannot be used and where no position of some kind was found.
+    """
+    loss_of(config.near_future)
+    check_same_vocabulary(config.student, config.teacher)
+    tokenizer = load_tokenizer(config.student)
+    requests = first_requests(config, tokenizer, config.studies.probe.num_trajectories, say)
+    claim_folder(out, config, UNRELATED)
+    rollouts = Rollouts(out / "rows", requests, config.studies.probe.trajectories_per_part)
+    rows = Parts(out / "rows", "positions", rollouts.num_parts)
+    rollouts.draw(config, say)
+    _look(config, tokenizer, rollouts, rows, say)
+    results = _conclude(config, tokenizer, rollouts, rows, out, command)
+    for table in results.tables:
+        say(f"\n{table.text()}\n")
+    for note in results.notes:
+        say(note)
+    say(f"{out}/: results.json, {EXAMPLES}, {', '.join(results.pictures)}; memory up to {_peak_gib():.1f} GiB")
+    return results
+
+
+def _look(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", rollouts: Rollouts, rows: Parts, say: Say) -> None:
+    """Let the teacher look from the positions of all rollouts that it has not seen yet."""
+    missing = rows.missing()
+    if not missing:
+        return
+    rows.begin()
+    say(f"loading {config.teacher.model}, which looks ahead")
+    owner = config.teacher if config.near_future.embedding == "teacher" else config.student
+    window = config.near_future.window
+    with TeacherEngine(
+        config.teacher,
+        temperature=config.rollout.temperature,
+        max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens + window,
+        window=window,
+        threads=threads(config, "teacher"),
+        seed=config.run.seed,
+    ) as engine:
+        prober = Prober(
+            config.near_future,
+            engine,
+            read_embedding(owner, len(tokenizer)),
+            config.run.seed,
+            find_labeller(config, tokenizer),
+        )
+        with tqdm(total=rollouts.num_parts, desc="looking ahead", unit="part", disable=None, leave=False) as progress:
+            progress.update(rollouts.num_parts - len(missing))
+            for index in missing:
+                engine.forget_prefixes()
+                rows.write(index, prober.look(rollouts.read(index)))
+                progress.update()
+
+
+def _conclude(
+    config: TopdConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    rollouts: Rollouts,
+    rows: Parts,
+    out: Path,
+    command: str,
+) -> Results:
+    """Figures, pictures and examples of all rows, written to `out`."""
+    table = rows.read_all()
+    probed = Probed.of(table)
+    figures = find_figures(probed, config)
+    examples = find_examples(
+        table,
+        probed,
+        config.near_future.false_alarm_quantile,
+        config.studies.probe.num_examples,
+        {one.trajectory_id: one for index in range(rollouts.num_parts) for one in rollouts.read(index)},
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+    )
+    write_whole(out / EXAMPLES, examples_page(examples))
+    results = Results(
+        study="probe",
+        command=command,
+        seeds=[config.run.seed],
+        seconds=rollouts.seconds() + rows.seconds(),
+        figures={**figures.to_json(), "paper": PAPER, "examples": [one.to_json() for one in examples]},
+        tables=tables(figures),
+        pictures=draw_pictures(out, probed, figures),
+        notes=figures.notes,
+        config=dump_config(config),
+    )
+    save_results(out, results)
+    return results
+
+
+def tables(figures: Figures) -> list[Table]:
+    """The figures to read: beside the paper's, and the detection of forks where that is known."""
+    counts, here = figures.counts, "here [95 %]"
+    lines: list[tuple[str, str, str]] = []
+    for kind in KINDS:
+        name = "random positions" if kind == "random" else f"{kind}-loss positions"
+        paper = shown(PAPER["median_distance"][kind])
+        lines.append((f"median distance, {name}", shown(figures.median_distance[kind]), paper))
+        lines.append((f"mean distance, {name}", shown(figures.mean_distance[kind]), "-"))
+        lines.append((f"distance 0, {name}", shown(figures.zero_share[kind], "%"), "-"))
+    share = shown(PAPER["false_alarm_share"], "%", 4)
+    lines.append(("false alarms among high-loss positions", shown(figures.false_alarm_share, "%"), share))
+    over = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}
+    for name, values in (("Pearson", figures.pearson), ("Spearman", figures.spearman)):
+        paper = shown(PAPER[name.lower()])
+        lines += [
+            (f"{name} of loss and distance, {over[key]}", shown(value), "-" if key == "random" else paper)
+            for key, value in values.items()
+        ]
+    title = (
+        f"Near futures {counts['window']} tokens ahead (paper: {PAPER['window']}): {counts['trajectories']} rollouts, "
+        f"{counts['positions']['high']} high-loss positions"
+    )
+    found = [Table(title=title, columns=("", here, "paper"), rows=lines)]
+    if (detection := figures.detection) is not None:
+        labels = ", ".join(f"{number} {name}" for name, number in detection["labels"].items())
+        rows = [
+            ("forks among decided positions", shown(detection["fork_share"], "%")),
+            (f"precision of distance > {detection['threshold']:.3f}", shown(detection["precision"], "%")),
+            (f"recall of distance > {detection['threshold']:.3f}", shown(detection["recall"], "%")),
+            *((f"AUC of {score.replace('_', ' ')}", shown(value)) for score, value in detection["auc"].items()),
+        ]
+        found.append(Table(title=f"Detection of forks: {labels}", columns=("", here), rows=rows))
+    return found
+
+
+def _peak_gib() -> float:
+    """Most memory this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3
