@@ -12,6 +12,7 @@ from tests.tiny import EOS_ID, NUM_TOKENS, load_tiny_model, make_tiny_model, pla
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.engines.look_ahead import LookAhead
+from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import NonFiniteLossError
 from topd_ray.objective import unfold
 from topd_ray.studies.correction import Student
@@ -184,6 +185,9 @@ def test_rows_of_a_point(config: TopdConfig, student: Student, point: Point, dis
     plain = load_tiny_model(Path(config.student.model))
     greedy = np.asarray(plain_greedy(plain, PREFIX, WINDOW), np.int32)
     assert rows[0].greedy == pytest.approx(distances_of([greedy], [point.teacher_ids])[0], abs=1e-9)
+    drawn = student.draw(point.prefix_ids, WINDOW, num_samples=3, seed=stable_seed(0, "redraw", point.name))
+    assert rows[0].distances == pytest.approx(distances_of([one.token_ids for one in drawn], [point.teacher_ids] * 3))
+    assert rows[0].starts == [one.token_ids[0] == point.teacher_ids[0] for one in drawn]
     assert rows_of_point(config, student, 3, point, distances_of) == rows
     asked: list[int] = []
     window_at = partial(lambda _, update: asked.append(update) or point.window)  # type: ignore[func-returns-value]
@@ -218,7 +222,16 @@ def made(point: Point, left: dict[str, list[float]]) -> tuple[list[Point], list[
     trajectories = [replace(point.window.trajectory, prompt_id=f"p{index}") for index in range(num)]
     points = [replace(point, window=replace(point.window, trajectory=one)) for one in trajectories]
     rows = [
-        Row(point=i, name="", arm=arm, learning_rate=rate, distance=value, greedy=value, losses=[])
+        Row(
+            point=i,
+            name="",
+            arm=arm,
+            learning_rate=rate,
+            distances=[value - 0.1, value + 0.1],
+            starts=[True, i == 0],
+            greedy=value,
+            losses=[],
+        )
         for i in reversed(range(num))
         for arm, values in left.items()
         for rate, value in (((0.0, values[i]),) if arm == BEFORE else ((1.0, values[i]), (2.0, values[i] * 0.5)))
@@ -247,6 +260,10 @@ def test_figures_of_rows_made_by_hand(config: TopdConfig, point: Point, tmp_path
     assert found["identity_minus_topd"].value == pytest.approx((np.array(left["identity"]) - topd).mean())
     assert figures["distance"]["rates"][2.0]["opd"].value == pytest.approx(opd.mean() / 2)
     assert figures["distance"]["best_ratio"].value == pytest.approx(found["ratio"].value)
+    start = figures["start"]["opd"]
+    assert start["share"] == pytest.approx(41 / 80)
+    assert start["distance_without"] == pytest.approx(opd[1:].mean() + 0.1)
+    assert start["distance_with"] == pytest.approx((opd.sum() - 4.0 + opd[0] + 0.1) / 41)
     assert figures["distance"][BEFORE].value == 0.5 and figures["rollout"].value == pytest.approx(point.distance)
     text = "\n".join(table.text() for table in tables_of(figures, 1.0, WINDOW))
     assert f"{found['ratio'].value:.3f}" in text and "0.583" in text

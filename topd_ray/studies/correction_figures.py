@@ -24,7 +24,7 @@ NAMES = {"opd": "OPD", "topd": "TOPD", "identity": "TOPD, the identity as plan"}
 PAPER = {"rollout": 0.538, "opd": 0.350, "topd": 0.204, "ratio": 0.204 / 0.350}
 """The paper's figure 5; it does not say whether its "before" is the rollout's own window, or drawn again."""
 COLOURS = {"opd": BLUE, "topd": RED, "identity": "#edae49"}
-Kind = Literal["distance", "greedy"]
+Kind = Literal["distance", "greedy", "start"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,23 @@ class Row:
     """`before`, `opd`, `topd` or `identity`"""
     learning_rate: float
     """0 for `before`"""
-    distance: float
-    """mean over the continuations drawn again, to the teacher's window"""
+    distances: list[float]
+    """of the continuations drawn again, to the teacher's window"""
+    starts: list[bool]
+    """whether each begins with the teacher's first token"""
     greedy: float
     """of the student's most likely continuation"""
     losses: list[float]
     """before each update (nats a token)"""
+
+    @property
+    def distance(self) -> float:
+        return float(np.mean(self.distances))
+
+    @property
+    def start(self) -> float:
+        """Share of the continuations that begin with the teacher's first token."""
+        return float(np.mean(self.starts))
 
 
 ROW_SCHEMA = pa.schema(
@@ -53,7 +64,8 @@ ROW_SCHEMA = pa.schema(
         "name": pa.string(),
         "arm": pa.string(),
         "learning_rate": pa.float64(),
-        "distance": pa.float64(),
+        "distances": pa.list_(pa.float64()),
+        "starts": pa.list_(pa.bool_()),
         "greedy": pa.float64(),
         "losses": pa.list_(pa.float64()),
     }
@@ -61,7 +73,7 @@ ROW_SCHEMA = pa.schema(
 
 
 def columns_of(rows: Sequence[Row], kind: Kind) -> dict[tuple[str, float], Floats]:
-    """[P] distances by arm and learning rate, in the order of the points."""
+    """[P] values of a row's field by arm and learning rate, in the order of the points."""
     columns: dict[tuple[str, float], list[float]] = {}
     for row in sorted(rows, key=lambda row: row.point):
         columns.setdefault((row.arm, row.learning_rate), []).append(getattr(row, kind))
@@ -74,7 +86,9 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     Of a rate: the mean that each arm leaves, `topd_minus_opd` and `identity_minus_topd` (paired), `ratio` (mean left by
     TOPD over mean left by OPD), the shares of points at which TOPD leaves less (`nearer`) and more (`farther`).
     `best_ratio`: the same ratio with either method at the rate that suits it best, which is chosen again in each
-    resample. `labels`: those of `rate` by what the mismatches mean, where that is known. Resamples are of prompts.
+    resample. `labels`: those of `rate` by what the mismatches mean, where that is known. `start`, of `rate`: the share
+    of continuations that begin with the teacher's first token, and the mean distance of those that do and do not.
+    Resamples are of prompts.
     """
     clusters = clusters_of(points)
     figures: dict[str, Any] = {
@@ -82,6 +96,7 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
         "rollout": bootstrap(_mean, [point.distance for point in points], clusters=clusters),
         "teacher_again": bootstrap(_mean, [point.teacher_again for point in points], clusters=clusters),
         "labels": {},
+        "start": {key[0]: _by_start(rows, *key) for key in ((BEFORE, 0.0), *((arm, rate) for arm in NAMES))},
     }
     kinds: tuple[Kind, ...] = ("distance", "greedy")
     for kind in kinds:
@@ -99,6 +114,17 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
         before = bootstrap(_mean, columns[BEFORE, 0.0][own], clusters=clusters[own])
         figures["labels"][label] = {BEFORE: before, **_of_rate(left, clusters[own])}
     return figures
+
+
+def _by_start(rows: Sequence[Row], arm: str, rate: float) -> dict[str, float | None]:
+    own = [row for row in rows if (row.arm, row.learning_rate) == (arm, rate)]
+    starts = np.concatenate([row.starts for row in own]).astype(bool)
+    distances = np.concatenate([row.distances for row in own])
+    return {
+        "share": float(starts.mean()),
+        "distance_with": float(distances[starts].mean()) if starts.any() else None,
+        "distance_without": float(distances[~starts].mean()) if not starts.all() else None,
+    }
 
 
 def clusters_of(points: Sequence[Point]) -> NDArray[np.int64]:
@@ -143,8 +169,17 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
         rows=[[label, shown(value), shown(paper)] for label, value, paper in beside],
     )
     labels = [_by_label(f"Left at learning rate {rate:g} by what the mismatch means", figures["labels"])]
+    starts = Table(
+        title=f"Continuations at learning rate {rate:g} that begin with the teacher's first token, and mean distances",
+        columns=["", "begin so", "distance of those", "of the others"],
+        rows=[
+            [NAMES.get(arm, arm), shown(of["share"], "%"), shown(of["distance_with"]), shown(of["distance_without"])]
+            for arm, of in figures["start"].items()
+        ],
+    )
     return [
         first,
+        starts,
         *(labels if figures["labels"] else ()),
         _by_rate("Left by learning rate, continuations drawn again", sampled),
         _by_rate("Left by learning rate, greedy continuations", figures["greedy"]),

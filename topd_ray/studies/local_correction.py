@@ -178,15 +178,17 @@ def rows_of_point(
                 continuations += draw()
             measured.append((name, rate, losses))
     distances = distances_of([one.token_ids for one in continuations], [point.teacher_ids] * len(continuations))
-    *sampled, greedy = distances.reshape(len(measured), -1).T
+    distances = distances.reshape(len(measured), -1)
+    starts = np.reshape([one.token_ids[0] == point.teacher_ids[0] for one in continuations], distances.shape)
     return [
         Row(
             point=index,
             name=point.name,
             arm=arm,
             learning_rate=rate,
-            distance=float(np.mean([column[i] for column in sampled])),
-            greedy=float(greedy[i]),
+            distances=distances[i, :-1].tolist(),
+            starts=starts[i, :-1].tolist(),
+            greedy=float(distances[i, -1]),
             losses=losses,
         )
         for i, (arm, rate, losses) in enumerate(measured)
