@@ -16,7 +16,7 @@ from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import NonFiniteLossError
 from topd_ray.objective import unfold
 from topd_ray.studies.correction import Student
-from topd_ray.studies.correction_figures import BEFORE, Row, draw_picture, figures_of, notes_of, tables_of
+from topd_ray.studies.correction_figures import BEFORE, Row, draw_picture, figures_of, notes_of, tables_of, targets_of
 from topd_ray.studies.divergent_points import (
     GUIDES_ALWAYS,
     Counts,
@@ -28,7 +28,7 @@ from topd_ray.studies.divergent_points import (
 )
 from topd_ray.studies.futures import Distances
 from topd_ray.studies.local_correction import ARMS, identity_targets, learning_rates, rows_of_point
-from topd_ray.types import TeacherScores, Trajectory
+from topd_ray.types import SparseTargets, TeacherScores, Trajectory
 
 WINDOW = 6
 PREFIX = (10, 11, 12, 20)
@@ -206,6 +206,20 @@ def test_the_identity_learns_the_teachers_token_in_its_place(point: Point) -> No
         assert not targets.entropy.any()
 
 
+def test_what_the_targets_teach_is_told(point: Point) -> None:
+    """A student that wrote a b against the teacher's b c: b stays b, wherever it stands."""
+    targets = SparseTargets(
+        indptr=np.array([0, 2, 4]),
+        token_ids=np.array([8, 9, 8, 9], np.int32),
+        weights=np.array([0.25, 0.75, 0.75, 0.25], np.float32),
+        entropy=np.zeros(2, np.float32),
+    )
+    trajectory = replace(point.window.trajectory, response_ids=np.array([7, 8], np.int32))
+    windows = replace(point.window.windows, teacher_ids=np.array([8, 9], np.int32))
+    made = replace(point, window=replace(point.window, trajectory=trajectory, targets=targets, windows=windows))
+    assert targets_of([made]) == {"point_own": 0.0, "point_teacher": 0.25, "window_own": 0.375}
+
+
 def test_points_go_through_parquet(point: Point) -> None:
     counts = Counts(num_trajectories=7, num_candidates=40, num_cut=3, threshold=0.25)
     (read,), found = table_to_points(points_to_table([replace(point, label="choice")], counts))
@@ -277,7 +291,8 @@ def test_too_few_points_are_said_and_get_no_interval(config: TopdConfig, point: 
     figures = figures_of(points, rows, [1.0, 2.0], 1.0)
     ratio = figures["distance"]["rates"][1.0]["ratio"]
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(0.5), None, None, 3)
-    notes = notes_of(config, points, Counts(num_trajectories=9, num_candidates=12, num_cut=2, threshold=0.1))
+    counts = Counts(num_trajectories=9, num_candidates=12, num_cut=2, threshold=0.1)
+    notes = notes_of(config, points, counts, figures["targets"])
     assert [note for note in notes if note.startswith("No more than 3 of 200 points")]
     assert [note for note in notes if note.startswith("No intervals: 3 points")]
     assert [note for note in notes if note.startswith("2 candidates left out")]

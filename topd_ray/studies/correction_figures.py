@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from topd_ray.config.schema import TopdConfig
+from topd_ray.objective import unfold
 from topd_ray.studies.divergent_points import Counts, Point
 from topd_ray.studies.pictures import BLUE, GREY, RED, picture
 from topd_ray.studies.statistics import FEWEST, Floats, Interval, bootstrap
@@ -88,13 +89,14 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     `best_ratio`: the same ratio with either method at the rate that suits it best, which is chosen again in each
     resample. `labels`: those of `rate` by what the mismatches mean, where that is known. `start`, of `rate`: the share
     of continuations that begin with the teacher's first token, and the mean distance of those that do and do not.
-    Resamples are of prompts.
+    `targets`: see `targets_of`. Resamples are of prompts.
     """
     clusters = clusters_of(points)
     figures: dict[str, Any] = {
         "num_points": len(points),
         "rollout": bootstrap(_mean, [point.distance for point in points], clusters=clusters),
         "teacher_again": bootstrap(_mean, [point.teacher_again for point in points], clusters=clusters),
+        "targets": targets_of(points),
         "labels": {},
         "start": {key[0]: _by_start(rows, *key) for key in ((BEFORE, 0.0), *((arm, rate) for arm in NAMES))},
     }
@@ -124,6 +126,26 @@ def _by_start(rows: Sequence[Row], arm: str, rate: float) -> dict[str, float | N
         "share": float(starts.mean()),
         "distance_with": float(distances[starts].mean()) if starts.any() else None,
         "distance_without": float(distances[~starts].mean()) if not starts.all() else None,
+    }
+
+
+def targets_of(points: Sequence[Point]) -> dict[str, float]:
+    """What TOPD's soft targets teach: their mean weight on the student's own token and on the teacher's first one, at
+    the divergent point (`point_own`, `point_teacher`), and on the student's own over whole windows (`window_own`).
+
+    A token of the student that occurs anywhere in the teacher's window costs nothing to move there: its target may be
+    itself.
+    """
+    targets = [unfold(point.window.targets) for point in points]
+    ids = [point.window.trajectory.response_ids.tolist() for point in points]
+    own = [
+        [target.get(token, 0.0) for target, token in zip(*pair, strict=True)] for pair in zip(targets, ids, strict=True)
+    ]
+    teacher = [rows[0].get(int(point.teacher_ids[0]), 0.0) for rows, point in zip(targets, points, strict=True)]
+    return {
+        "point_own": float(np.mean([weights[0] for weights in own])),
+        "point_teacher": float(np.mean(teacher)),
+        "window_own": float(np.mean([weight for weights in own for weight in weights])),
     }
 
 
@@ -204,13 +226,16 @@ def _by_label(title: str, figures: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=rows)
 
 
-def notes_of(config: TopdConfig, points: Sequence[Point], counts: Counts) -> list[str]:
+def notes_of(config: TopdConfig, points: Sequence[Point], counts: Counts, targets: Mapping[str, float]) -> list[str]:
     """What a reader must know of how the points came about."""
     study = config.studies.local_correction
     notes = [
         f"{len(points)} points of {counts.num_trajectories} rollouts; {counts.num_candidates} candidates, divergent "
-        f"above {counts.threshold:.3f}; {study.num_updates} updates on "
-        + ("windows drawn anew before each." if study.redraw_window else "the rollout's own window.")
+        f"above {counts.threshold:.3f}. {study.num_updates} updates on "
+        + ("windows drawn anew before each." if study.redraw_window else "the rollout's own window."),
+        f"At the divergent point TOPD's targets have {targets['point_own']:.0%} of their weight on the student's own "
+        f"token and {targets['point_teacher']:.0%} on the teacher's; over the windows {targets['window_own']:.0%} on "
+        "the student's own.",
     ]
     if len(points) < study.num_points:
         notes.append(f"No more than {len(points)} of {study.num_points} points were found.")

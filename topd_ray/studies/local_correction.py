@@ -271,7 +271,7 @@ def _conclude(
         figures=_plain({**asdict(counts), "learning_rate": rate, "paper": PAPER, **figures}),
         tables=tables,
         pictures=[PICTURE],
-        notes=notes_of(config, points, counts),
+        notes=notes_of(config, points, counts, figures["targets"]),
         config=dump_config(config),
     )
     save_results(folder, results)
