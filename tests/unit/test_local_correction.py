@@ -13,7 +13,7 @@ from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.engines.look_ahead import LookAhead
 from topd_ray.engines.seeds import stable_seed
-from topd_ray.errors import NonFiniteLossError
+from topd_ray.errors import ConfigError, NonFiniteLossError
 from topd_ray.objective import unfold
 from topd_ray.studies.correction import Student
 from topd_ray.studies.correction_figures import BEFORE, Row, draw_picture, figures_of, notes_of, tables_of, targets_of
@@ -22,6 +22,7 @@ from topd_ray.studies.divergent_points import (
     Counts,
     Point,
     as_asked,
+    find_points,
     points_to_table,
     table_to_points,
     window_look_ahead,
@@ -218,6 +219,12 @@ def test_what_the_targets_teach_is_told(point: Point) -> None:
     windows = replace(point.window.windows, teacher_ids=np.array([8, 9], np.int32))
     made = replace(point, window=replace(point.window, trajectory=trajectory, targets=targets, windows=windows))
     assert targets_of([made]) == {"point_own": 0.0, "point_teacher": 0.25, "window_own": 0.375}
+
+
+def test_a_quantile_that_lets_nothing_diverge_is_refused(config: TopdConfig, tmp_path: Path) -> None:
+    near_future = config.near_future.model_copy(update={"false_alarm_quantile": 1.0})
+    with pytest.raises(ConfigError, match="near_future.false_alarm_quantile: found 1, which lets nothing diverge"):
+        find_points(config.model_copy(update={"near_future": near_future}), tmp_path, print)
 
 
 def test_points_go_through_parquet(point: Point) -> None:

@@ -19,7 +19,8 @@ class ProbeConfig(Section):
 
 
 class LocalCorrectionConfig(Section):
-    """`topd study local-correction`: a few updates at one divergent point, then the continuation drawn again."""
+    """`topd study local-correction`: a few updates at one divergent point, then the continuation drawn again. The
+    student is updated in the command's own process, in float32, which takes 20 bytes of memory a parameter."""
 
     num_points: PositiveInt = 200
     """Real divergent points, each corrected from the same weights."""

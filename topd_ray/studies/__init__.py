@@ -4,5 +4,7 @@
 | --- | --- |
 | `results` | a study's folder: results.json, and whose it is |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
+| `rollouts`, `futures` | student rollouts, the teacher beside them, exact distances |
+| `local_correction` | `topd study local-correction`; `divergent_points`, `correction`, `correction_figures` are its parts |
 | `pictures` | the common look of the pictures |
 """
