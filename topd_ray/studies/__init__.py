@@ -5,6 +5,6 @@
 | `results` | a study's folder: results.json, and whose it is |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
 | `rollouts`, `futures` | student rollouts, the teacher beside them, exact distances |
-| `local_correction` | `topd study local-correction`; `divergent_points`, `correction`, `correction_figures` are its parts |
+| `local_correction` | `topd study local-correction`; parts: `divergent_points`, `correction`, `correction_figures` |
 | `pictures` | the common look of the pictures |
 """
