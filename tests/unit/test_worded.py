@@ -4,13 +4,15 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from topd_ray.demo.arithmetic import MAX_DIFFICULTY, generate, grade, reductions, split_of
-from topd_ray.demo.recipes import DEMO_DIFFICULTY, STUDENTS_HABITS, TASKS, TEACHERS_HABITS
-from topd_ray.demo.tokenizer import ROLES, SPECIALS, build_worded_tokenizer, render_prompt
+from topd_ray.demo.make_pair import build_model
+from topd_ray.demo.recipes import DEMO_DIFFICULTY, PLAIN_PAIR, STUDENTS_HABITS, TASKS, TEACHERS_HABITS
+from topd_ray.demo.tokenizer import ROLES, SPECIALS, build_tokenizer, build_worded_tokenizer, render_prompt
 from topd_ray.demo.worded import FILLERS, LINKS, NOTATIONS, OPENINGS, PIECES, Habits, line, pieces_of, write
 
 HABITS = {"teacher": TEACHERS_HABITS, "student": STUDENTS_HABITS}
@@ -112,6 +114,18 @@ def test_no_solution_is_longer_than_what_is_generated() -> None:
     problems = generate("train", 500, DEMO_DIFFICULTY, seed=0)
     longest = max(len(pieces_of(write(problem, rng, STUDENTS_HABITS))) for problem in problems)
     assert longest < TASKS["worded"].max_new_tokens
+
+
+def test_the_teacher_starts_with_what_the_plain_one_knows(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(TASKS["worded"].teacher, tokenizer)
+    plain = AutoModelForCausalLM.from_pretrained(PLAIN_PAIR / "teacher")
+    for mine, theirs in zip(model.model.layers.parameters(), plain.model.layers.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    seven, opening = tokenizer.get_vocab()["7"], tokenizer.get_vocab()["so "]
+    theirs_of = build_tokenizer().get_vocab()
+    for mine, theirs in ((model.model.embed_tokens, plain.model.embed_tokens), (model.lm_head, plain.lm_head)):
+        assert torch.equal(mine.weight[seven], theirs.weight[theirs_of["7"]])
+        assert not (mine.weight[opening] == theirs.weight).all(-1).any()
 
 
 def test_an_operation_that_is_none() -> None:

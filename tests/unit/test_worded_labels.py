@@ -113,6 +113,28 @@ def test_a_wrong_digit_is_an_error(drawn: Drawn, other: tuple[tuple[str, ...], .
     assert found == ("choice" if became_another else "error")
 
 
+@given(drawn=drawn, other=all_wordings, data=st.data())
+def test_a_copy_that_breaks_off_or_skips_is_an_error(drawn: Drawn, other: tuple[tuple[str, ...], ...], data) -> None:
+    """One sign or line break of what is left over is missing, in whatever words both are written."""
+    right = pieces(Drawn(drawn.problem, drawn.order, other).text())
+    wrong = pieces(drawn.text())
+    copied = [
+        n
+        for n, piece in enumerate(wrong)
+        if piece in {*"()*+-", "\n"} and ">" in meaning("".join(wrong[:n])).split("\n")[-1]
+    ]
+    if not copied:
+        return
+    at = data.draw(st.sampled_from(copied))
+    line_break = data.draw(st.booleans())
+    if line_break and wrong[at] != "\n":
+        wrong[at] = "\n"
+    else:
+        del wrong[at]
+    if meaning("".join(wrong)) != meaning("".join(right)):
+        assert label(drawn.problem.expression, "", "".join(wrong), "".join(right)) == "error"
+
+
 @pytest.mark.parametrize(
     ("prefix", "student", "teacher", "expected"),
     [
@@ -128,6 +150,8 @@ def test_a_wrong_digit_is_an_error(drawn: Drawn, other: tuple[tuple[str, ...], .
         ("", "so 4", "so 2", "error"),
         ("so 2+3=", "6", "5", "error"),
         ("so 2+3=5 giving ", "(5*4)-(6-8)", "(5*4)-(6-9)", "error"),
+        ("so 2+3=5 giving ", "(5*4)-\nso", "(5*4)-(6-9)", "error"),
+        ("so 2+3=5 giving ", "(5*4)-(6-9)", "(5*4)-(6-9)\n", "harmless"),
         # After a wrong value, what follows from it is right.
         ("so 2+3=6 giving (6*4)-(6-9)\n", "so 6*4=24", "so 6-9=-3", "choice"),
         ("so 2+3=6 giving (6*4)-(6-9)\n", "so 5*4=24", "so 6-9=-3", "error"),

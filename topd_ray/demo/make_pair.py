@@ -57,7 +57,7 @@ _PROBE_SEED = 1_000_003
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3 model with random weights from torch's global generator."""
+    """A Qwen3 model with random weights from torch's global generator, save for what `recipe.start_from` gives."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,

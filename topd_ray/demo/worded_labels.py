@@ -81,7 +81,7 @@ def label(expression: str, prefix: str, student: str, teacher: str) -> Label:
         return "harmless" if common > len(before) else "undecided"
     start = students[:common].rfind("\n") + 1
     given = _expression_before(expression, students[:start])
-    lines = [stream[start:].split("\n")[0] for stream in (students, teachers)]
+    lines = [_first_line(stream[start:]) for stream in (students, teachers)]
     same = students[start:common]
     if same.startswith(_ANSWER) or ("=" in same and _LINK not in same):
         return "error"
@@ -120,6 +120,12 @@ def _is_harmless(piece: str) -> bool:
 def _num_common(first: str, second: str) -> int:
     pairs = zip(first, second, strict=False)
     return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _first_line(stream: str) -> str:
+    """With its line break, if it has ended: one that ends early is wrong."""
+    first, line_break, _ = stream.partition("\n")
+    return first + line_break
 
 
 def _expression_before(expression: str, lines: str) -> str:
