@@ -95,6 +95,16 @@ def eval_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def local_correction_command(args: argparse.Namespace) -> int:
+    """A few updates at one divergent point by OPD and by TOPD, then the continuation drawn again."""
+    config = load_config(args.config, args.overrides)
+    check_inputs(config, training=False)
+    from topd_ray.studies.local_correction import local_correction
+
+    local_correction(config, args.out, f"topd study local-correction {_shown(args)}", Say())
+    return 0
+
+
 def probe_command(args: argparse.Namespace) -> int:
     """Compare the near futures of student and teacher from high-loss, random and low-loss positions."""
     config = load_config(args.config, args.overrides)
@@ -210,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     studies = study.add_subparsers(required=True, metavar="STUDY")
     _study(studies, "ablation", ablation_command)
     _study(studies, "sweep", sweep_command)
+    _study(studies, "local-correction", local_correction_command)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)

@@ -19,16 +19,25 @@ class ProbeConfig(Section):
 
 
 class LocalCorrectionConfig(Section):
-    """`topd study local-correction`: a few updates at one divergent point, then the continuation drawn again."""
+    """`topd study local-correction`: a few updates at one divergent point, then the continuation drawn again. The
+    student is updated in the command's own process, in float32, which takes 20 bytes of memory a parameter."""
 
     num_points: PositiveInt = 200
     """Real divergent points, each corrected from the same weights."""
+    points_per_trajectory: PositiveInt = 1
+    """Points taken from one trajectory, at most. More need fewer rollouts, and tell less by themselves: intervals take
+    points as independent."""
     num_updates: PositiveInt = 5
     """Updates on the window of a point (the paper's M)."""
     num_redraws: PositiveInt = 4
     """Continuations drawn after the updates, whose distances to the teacher's are averaged."""
+    redraw_window: bool = False
+    """Draw the student's window anew before every update, from the policy as it then is, instead of learning M times
+    from the rollout's own. The teacher's engine then stays open beside the student."""
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """AdamW's rate for these updates; unset: learner.learning_rate."""
+    other_rates: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.3, 3.0)
+    """Multiples of that rate at which everything is done as well: what is left depends on the rate."""
 
 
 class ArmsConfig(Section):

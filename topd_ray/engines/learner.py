@@ -36,11 +36,10 @@ from topd_ray.engines.student_model import (
     StudentWithLoss,
     layers_of,
     load_student,
-    logit_softcap,
+    loss_spec,
     to_hub_names,
 )
 from topd_ray.errors import LearnerError, NonFiniteLossError
-from topd_ray.objective.loss import LossSpec
 from topd_ray.types import Float32, GuidedTrajectory, Metric, Trajectory
 
 
@@ -91,19 +90,7 @@ class LearnerEngine:
         self._model = load_student(student, learner, self._device)
         module = StudentWithLoss(
             self._model,
-            LossSpec(
-                method=objective.method,
-                divergence=objective.divergence,
-                jsd_beta=objective.jsd_beta,
-                importance_clip=objective.importance_clip,
-                kl_discount=objective.kl_discount,
-                guidance_weight=objective.guidance_weight,
-                guidance_reduction=objective.guidance_reduction,
-                temperature=temperature,
-                logit_softcap=logit_softcap(self._model),
-                chunk_tokens=learner.logits_chunk_tokens,
-                kernel=learner.loss_kernel,
-            ),
+            loss_spec(self._model, objective, learner, temperature),
             num_tokens=read_vocabulary(student).size,
             importance_horizon=objective.importance_horizon,
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topd_ray.config.schema import LearnerConfig, StudentConfig
+from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.engines.attention import EAGER, choose_attention, row_arguments
 from topd_ray.engines.collate import MicroBatch, TokenBatch
 from topd_ray.errors import ConfigError
@@ -166,6 +166,23 @@ def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.d
     if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def loss_spec(model: Any, objective: ObjectiveConfig, learner: LearnerConfig, temperature: float) -> LossSpec:
+    """The loss that the config asks for, of this model, at the rollout's temperature."""
+    return LossSpec(
+        method=objective.method,
+        divergence=objective.divergence,
+        jsd_beta=objective.jsd_beta,
+        importance_clip=objective.importance_clip,
+        kl_discount=objective.kl_discount,
+        guidance_weight=objective.guidance_weight,
+        guidance_reduction=objective.guidance_reduction,
+        temperature=temperature,
+        logit_softcap=logit_softcap(model),
+        chunk_tokens=learner.logits_chunk_tokens,
+        kernel=learner.loss_kernel,
+    )
 
 
 def logit_softcap(model: Any) -> float | None:

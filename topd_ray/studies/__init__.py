@@ -4,6 +4,8 @@
 | --- | --- |
 | `results` | a study's folder: results.json, and whose it is |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
+| `rollouts`, `futures` | student rollouts, the teacher beside them, exact distances |
+| `local_correction` | `topd study local-correction`; parts: `divergent_points`, `correction`, `correction_figures` |
 | `pictures` | the common look of the pictures |
 | `rollouts`, `parts` | student rollouts, kept in Parquet parts that are whole or not there |
 | `labelling` | what a mismatch means, where that is known by construction |
