@@ -77,6 +77,7 @@ def _bars(axes: Any, rows: Mapping[str, Any], measure: str) -> None:
         axes.plot(seeds, [place] * len(seeds), ".", color="black", markersize=4, alpha=0.6)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel(f"pass@1 {measure}, minus OPD (points)")
 
 
