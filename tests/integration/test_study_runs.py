@@ -53,7 +53,7 @@ def test_stopped_failed_finished_and_not_run_again(config: TopdConfig, tmp_path:
     at = {folder: (folder / "checkpoints" / "latest").read_text().strip() for folder in (opd, topd)}
     with (topd / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TopdError, match=r"1 of 2 runs failed(?s:.)*topd-seed0 ended with 2: error: another process"):
+        with pytest.raises(TopdError, match=r"1 of 2 runs failed(?s:.)*topd-seed0 ended with 2: error: another pro"):
             again()
     assert f"resumed at update {int(at[opd].removeprefix('step-'))} of {STEPS}" in (opd / LOG).read_text()
     assert [*load_results(out)["figures"]["arms"]] == ["start", "opd"]
