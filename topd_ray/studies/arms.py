@@ -31,6 +31,8 @@ def _arm(name: str, text: str, *overrides: str) -> Arm:
 
 _OPD = ("objective.method=opd", "objective.cap=none")
 _TOPD = ("objective.method=topd", "objective.cap=none")
+_POLICY_GRADIENT = ("objective.divergence=sampled_pg", "objective.kl_discount=0.0")
+_DISCOUNT = "objective.kl_discount=0.95"
 
 ABLATION = (
     _arm(OPD, "per-token distillation", *_OPD),
@@ -58,8 +60,11 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("sampled-windows", "teacher windows drawn", "near_future.teacher_decoding=sample"),
         _topd("entropic", "entropic plans", "near_future.transport=entropic"),
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
+        _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
+        _topd("random-candidates", "windows at random positions", "near_future.ranking=random"),
         _more_rollouts(config),
-        _opd("policy-gradient", "policy gradient on the sampled token", "objective.divergence=sampled_pg"),
+        _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
+        _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
     )
 
 
