@@ -62,6 +62,8 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
         _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
         _topd("random-candidates", "windows at random positions", "near_future.ranking=random"),
+        _topd("resampled-windows", "the student continues anew", "near_future.student_window=resample"),
+        _topd("teacher-context", "the teacher's window after its own tokens", "near_future.guidance_context=teacher"),
         _more_rollouts(config),
         _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
         _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
