@@ -90,6 +90,11 @@ def test_what_no_run_could_be_made_of_is_refused_before_any_runs(demo: TopdConfi
     endless = demo.model_copy(update={"run": demo.run.model_copy(update={"steps": None})})
     with pytest.raises(ConfigError, match=r"run\.steps: found none"):
         planned(endless, ABLATION, tmp_path)
+    twice = demo.studies.arms.model_copy(update={"seeds": (0, 1, 0)})
+    with pytest.raises(ConfigError, match=r"studies\.arms\.seeds: found \[0, 1, 0\], right would be every seed once"):
+        planned(
+            demo.model_copy(update={"studies": demo.studies.model_copy(update={"arms": twice})}), ABLATION, tmp_path
+        )
     bad = Arm(name="bad", text="", overrides=("near_future.windo=3",))
     with pytest.raises(ConfigError, match=r"arm bad: (?s:.)*near_future\.window"):
         planned(demo, (bad,), tmp_path)

@@ -1,6 +1,7 @@
 """Arms against each other: known differences are found, paired by seed and prompt; run folders are read as they are."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_below_three_seeds_differences_without_intervals(opd: list[Floats]) -> N
     arms = {name: {seed: learning(opd[seed]) for seed in range(2)} for name in ("opd", "topd")}
     found = compare(ABLATION, arms, paper={})["arms"]["topd"]["minus"]["opd"]["greedy"]
     assert (found["value"], found["low"], found["high"], found["n"]) == (0.0, None, None, 2)
+
+
+def test_a_point_that_one_seed_lacks_is_left_out_of_the_curve(opd: list[Floats]) -> None:
+    runs = {seed: learning(opd[seed]) for seed in SEEDS}
+    runs[2] = replace(runs[2], curve=(runs[2].curve[0], runs[2].curve[2]))
+    curve = compare(ABLATION, {"opd": runs}, paper={})["arms"]["opd"]["curve"]
+    assert curve["steps"] == [0, 2] and curve["tokens"] == [0.0, 1000.0]
+    assert curve["mean"][1] == pytest.approx(np.mean(opd)) and curve["lowest"][1] <= curve["mean"][1]
 
 
 def test_only_seeds_that_both_have_are_paired(opd: list[Floats]) -> None:

@@ -1,6 +1,6 @@
 """`topd study ablation` and `topd study sweep`: every arm with every seed, then which is better, and how surely.
 
-Legend of axis suffixes: S seeds, P held-out prompts.
+Legend of axis suffixes: S seeds, P held-out prompts, E evaluations.
 """
 
 import json
@@ -161,8 +161,9 @@ def _minus(mine: Mapping[str, Marks], others: Mapping[str, Marks]) -> dict[str, 
 def _work(of_arm: Mapping[int, Learning]) -> dict[str, Any]:
     """What an arm's runs did, means over seeds, and their learning curves."""
     every = list(of_arm.values())
-    steps = [point.step for point in every[0].curve]
-    pass_SE = np.array([[point.marks_P.mean() for point in one.curve] for one in every])
+    steps = sorted(set.intersection(*({point.step for point in one.curve} for one in every)))
+    curves = [[point for point in one.curve if point.step in steps] for one in every]  # an interrupt may cost a point
+    pass_SE = np.array([[point.marks_P.mean() for point in curve] for curve in curves])
     return {
         "trained_tokens": float(np.mean([one.curve[-1].tokens for one in every])),
         "update_seconds": float(np.mean([one.curve[-1].seconds for one in every])),
@@ -170,8 +171,8 @@ def _work(of_arm: Mapping[int, Learning]) -> dict[str, Any]:
         "windows": float(np.mean([one.num_windows for one in every])),
         "curve": {
             "steps": steps,
-            "tokens": np.mean([[point.tokens for point in one.curve] for one in every], 0).tolist(),
-            "seconds": np.mean([[point.seconds for point in one.curve] for one in every], 0).round(2).tolist(),
+            "tokens": np.mean([[point.tokens for point in curve] for curve in curves], 0).tolist(),
+            "seconds": np.mean([[point.seconds for point in curve] for curve in curves], 0).round(2).tolist(),
             "mean": pass_SE.mean(0).tolist(),
             "lowest": pass_SE.min(0).tolist(),
             "highest": pass_SE.max(0).tolist(),
