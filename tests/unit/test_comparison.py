@@ -10,7 +10,7 @@ import pytest
 from topd_ray.errors import DataError
 from topd_ray.studies.arms import ABLATION
 from topd_ray.studies.comparison import compare
-from topd_ray.studies.comparison_report import draw, table
+from topd_ray.studies.comparison_report import draw, order_notes, tables
 from topd_ray.studies.learning import Floats, Learning, Point, read_learning
 from topd_ray.studies.statistics import bootstrap_crossed
 
@@ -129,16 +129,26 @@ def test_equal_tokens_is_where_the_shortest_run_ended(opd: list[Floats]) -> None
         learning(opd[0], 1000).at(1001)
 
 
-def test_the_table_and_the_pictures(opd: list[Floats], tmp_path: Path) -> None:
+def test_the_tables_and_the_pictures(opd: list[Floats], tmp_path: Path) -> None:
     topd = [better(marks_P, 0.1, seed) for seed, marks_P in enumerate(opd)]
     arms = {"opd": dict(enumerate(map(learning, opd))), "topd": dict(enumerate(map(learning, topd)))}
     figures = json.loads(json.dumps(compare(ABLATION, arms, paper={"topd": 52.2})))
-    lines = table("ablation", figures).splitlines()
-    assert lines[0] == "pass@1 (%) on 300 prompts after 2 updates, teacher 100.0%"
-    assert lines[-2:] == ["order here:  topd > opd > start", "the paper's: topd > opd > start"]
-    (row,) = [line.split() for line in lines if line.startswith("topd ")]
-    assert row[1] == f"{100 * np.mean(topd):.1f}" and row[2] == f"{100 * (np.mean(topd) - np.mean(opd)):+.1f}"
-    assert "5/5" in row and row[-1] == "52.2"
+    end, work, others = tables(figures)
+    assert end.title == "pass@1 (%) on 300 prompts after 2 updates, and points above OPD; teacher 100.0"
+    rows = {row[0]: dict(zip(end.columns[1:4], row[1:4], strict=True)) | {"paper": row[-1]} for row in end.rows}
+    assert [*rows] == ["start", "opd", "topd"] and rows["opd"]["- OPD"] == "-"
+    found = figures["arms"]["topd"]["minus"]["opd"]["greedy"]
+    assert rows["topd"] == {
+        "greedy": f"{100 * np.mean(topd):.1f}",
+        "- OPD": f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]",
+        "seeds above": "5 of 5",
+        "paper": "52.2",
+    }
+    assert [row[0] for row in work.rows] == ["opd", "topd"] and work.rows[0][4] == "1,000"
+    (against_topd,) = others.rows
+    assert against_topd[0] == "opd" and against_topd[1].startswith(f"{-100 * found['value']:+.1f} [-")
+    assert against_topd[2] == "0 of 5"
+    assert order_notes(figures) == ["order here: topd > opd > start", "order in the paper: topd > opd > start"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in draw(figures, tmp_path))
 
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import TopdError
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
 from topd_ray.studies.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
-from topd_ray.studies.comparison_report import draw, table
+from topd_ray.studies.comparison_report import draw, order_notes, tables
 from topd_ray.studies.learning import Floats, Learning, read_learning
 from topd_ray.studies.results import CONFIG, Results, claim_folder, save_results
 from topd_ray.studies.runs import StudyRun, carry_out, plan_runs
@@ -34,7 +35,7 @@ Marks = Mapping[int, Floats]
 
 
 def compare_arms(study: Study, config: TopdConfig, folder: Path, say: Say, *, command: str) -> str:
-    """Run what is not finished, write results.json and pictures into `folder`; returns the table.
+    """Run what is not finished, write results.json and pictures into `folder`; returns the tables.
 
     The runs are written below run.root, in a folder of the study's name. Raises ConfigError for a folder of another
     config, RunInterrupted after a signal, and TopdError, after the results of all other runs are written, for runs that
@@ -64,7 +65,7 @@ def compare_arms(study: Study, config: TopdConfig, folder: Path, say: Say, *, co
 def report(
     study: Study, config: TopdConfig, arms: Sequence[Arm], runs: Sequence[StudyRun], folder: Path, command: str
 ) -> str:
-    """Compare finished `runs`, of which some are of OPD; write the results, and return them as a table."""
+    """Compare finished `runs`, of which some are of OPD; write the results, and return their tables."""
     learnings: dict[str, dict[int, Learning]] = {}
     for run in runs:
         learnings.setdefault(run.arm.name, {})[run.seed] = read_learning(run.folder)
@@ -81,13 +82,14 @@ def report(
         seeds=config.studies.arms.seeds,
         seconds=round(sum(one.seconds for of_arm in learnings.values() for one in of_arm.values()), 1),
         figures=figures,
+        tables=tables(figures),
         pictures=draw(figures, folder),
-        notes=[*missing, *_notes(learnings)],
-        config=config.model_dump(mode="json"),
+        notes=[*(order_notes(figures) if study == "ablation" else []), *_notes(learnings), *missing],
+        config=dump_config(config),
     )
     save_results(folder, results)
     _write_rows(folder / ROWS, learnings)
-    return "\n".join([table(study, figures), *results.notes, f"{folder}/"])
+    return "\n".join([*(f"{table.text()}\n" for table in results.tables), *results.notes, f"{folder}/"])
 
 
 def compare(

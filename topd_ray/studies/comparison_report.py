@@ -1,4 +1,4 @@
-"""A comparison of arms as a table for a terminal, and as pictures."""
+"""A comparison of arms as tables and as pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 from topd_ray.studies.arms import OPD, PAPER, START, TOPD
 from topd_ray.studies.pictures import BLUE, RED, picture
+from topd_ray.studies.tables import Table
 
 CURVES, DIFFERENCES = "learning_curves.png", "differences.png"
 _PALETTE = ("#edae49", "#66a182", "#2e4057", "#8d6a9f", "#a67c52", "#5fa8d3", "#bc4b51", "#9aa05b")
@@ -13,28 +14,47 @@ _STYLES = ("-", "--", ":")
 _AXES = (("steps", "updates"), ("tokens", "trained tokens"), ("seconds", "seconds of updates"))
 
 
-def table(study: str, figures: Mapping[str, Any]) -> str:
-    """One line an arm, in percent and points: pass@1, the paired difference to OPD with its interval, and the work."""
+def tables(figures: Mapping[str, Any]) -> list[Table]:
+    """Who is better, in percent and points; at what cost; and against TOPD."""
     rows: Mapping[str, Any] = figures["arms"]
-    compared = ("- opd", "95 %", "seeds")
-    work = ("at equal tokens", "tokens", "seconds", *(["paper"] if study == "ablation" else []))
-    lines = [("arm", "greedy", *compared, "sampled", *compared, *work)]
-    lines += [(name, *_cells(row))[: len(lines[0])] for name, row in rows.items()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = [
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
-        )
-        for line in lines
-    ]
-    teacher = "" if figures["teacher"] is None else f", teacher {figures['teacher']:.1%}"
-    head = f"pass@1 (%) on {figures['num_prompts']} prompts after {figures['num_updates']} updates{teacher}"
-    legend = f"seeds: above opd / all; at equal tokens: greedy, after {figures['equal_tokens']:,} trained tokens"
-    if study != "ablation":
-        return "\n".join([head, *shown, legend])
-    ours = _order({name: row["pass_at_1"]["greedy"]["value"] for name, row in rows.items()})
-    papers = _order({name: value for name, value in PAPER.items() if name in rows})
-    return "\n".join([head, *shown, legend, f"order here:  {ours}", f"the paper's: {papers}"])
+    teacher = "" if figures["teacher"] is None else f"; teacher {_percent(figures['teacher'])}"
+    updates = f"after {figures['num_updates']} updates"
+    end = Table(
+        title=f"pass@1 (%) on {figures['num_prompts']} prompts {updates}, and points above OPD{teacher}",
+        columns=("arm", "greedy", "- OPD", "seeds above", "sampled", "- OPD", "seeds above", "paper"),
+        rows=[
+            (name, *_against(row, "greedy", OPD), *_against(row, "sampled", OPD), _percent(row.get("paper"), 1))
+            for name, row in rows.items()
+        ],
+    )
+    learnt = {name: row for name, row in rows.items() if name != START}
+    work = Table(
+        title=f"Greedy pass@1 (%) once {figures['equal_tokens']:,} tokens are trained on, and the work of all updates",
+        columns=("arm", "pass@1", "- OPD", "seeds above", "trained tokens", "scored tokens", "windows", "seconds"),
+        rows=[
+            (
+                *(name, *_against(row, "equal_tokens", OPD)),
+                *(f"{row[key]:,.0f}" for key in ("trained_tokens", "scored_tokens", "windows", "update_seconds")),
+            )
+            for name, row in learnt.items()
+        ],
+    )
+    others = Table(
+        title=f"Points above TOPD {updates}",
+        columns=("arm", "greedy", "seeds above", "sampled", "seeds above"),
+        rows=[
+            (name, *_against(row, "greedy", TOPD)[1:], *_against(row, "sampled", TOPD)[1:])
+            for name, row in learnt.items()
+            if name != TOPD
+        ],
+    )
+    return [end, work, *([others] if TOPD in rows and others.rows else [])]
+
+
+def order_notes(figures: Mapping[str, Any]) -> list[str]:
+    """The arms of the paper by their greedy pass@1, here and there."""
+    ours = {name: row["pass_at_1"]["greedy"]["value"] for name, row in figures["arms"].items() if name in PAPER}
+    return [f"order here: {_order(ours)}", f"order in the paper: {_order({name: PAPER[name] for name in ours})}"]
 
 
 def draw(figures: Mapping[str, Any], folder: Path) -> list[str]:
@@ -88,30 +108,20 @@ def _looks(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [own.get(name) or next(others) for name in rows]
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What stands in an arm's line after its name."""
-    pass_at_1 = row["pass_at_1"]
-    return (
-        *(_percent(pass_at_1["greedy"]), *_difference(row, "greedy")),
-        *(_percent(pass_at_1["sampled"]), *_difference(row, "sampled")),
-        _percent(pass_at_1.get("equal_tokens")),
-        f"{row['trained_tokens']:,.0f}" if "trained_tokens" in row else "",
-        f"{row['update_seconds']:.0f}" if "update_seconds" in row else "",
-        f"{row['paper']:.1f}" if "paper" in row else "",
-    )
-
-
-def _difference(row: Mapping[str, Any], measure: str) -> tuple[str, str, str]:
-    """To OPD: points, interval, and the seeds with more than it of all."""
-    found = row["minus"].get(OPD, {}).get(measure)
+def _against(row: Mapping[str, Any], measure: str, other: str) -> tuple[str, str, str]:
+    """pass@1, the paired difference to `other` with its interval, and how many of the seeds have more than it."""
+    if measure not in row["pass_at_1"]:
+        return "-", "-", "-"
+    value = _percent(row["pass_at_1"][measure]["value"])
+    found = row["minus"].get(other, {}).get(measure)
     if found is None:
-        return "", "", ""
-    interval = "" if found["low"] is None else f"{100 * found['low']:+.1f} .. {100 * found['high']:+.1f}"
-    return f"{100 * found['value']:+.1f}", interval, f"{found['seeds_above']}/{found['n']}"
+        return value, "-", "-"
+    interval = "" if found["low"] is None else f" [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    return value, f"{100 * found['value']:+.1f}{interval}", f"{found['seeds_above']} of {found['n']}"
 
 
-def _percent(interval: Mapping[str, Any] | None) -> str:
-    return "" if interval is None else f"{100 * interval['value']:.1f}"
+def _percent(share: float | None, scale: float = 100.0) -> str:
+    return "-" if share is None else f"{scale * share:.1f}"
 
 
 def _scaled(values: Any) -> list[float]:

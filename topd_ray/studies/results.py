@@ -5,7 +5,7 @@ results.json is meant to be committed: docs/results.md is made from it, and from
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.provenance import commit, machine
+from topd_ray.studies.tables import Table
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
@@ -34,11 +35,14 @@ class Results:
     """of the study's work, all sessions"""
     figures: Mapping[str, Any]
     """by name; one with an interval is {"value", "low", "high", "n"} (see statistics.Interval)"""
+    tables: Sequence[Table] = ()
+    """the figures to read"""
     pictures: Sequence[str] = ()
     """file names beside results.json"""
     notes: Sequence[str] = ()
     """what could not be computed, and why"""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: str
+    """the resolved config as YAML"""
 
 
 def claim_folder(folder: Path, config: TopdConfig, ignore: Sequence[str] = ()) -> None:
