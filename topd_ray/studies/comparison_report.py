@@ -75,7 +75,8 @@ def draw(figures: Mapping[str, Any], folder: Path) -> list[str]:
                 )
             one.set_xlabel(label)
             one.set_ylabel("pass@1 (%), mean and range over seeds")
-        axes[0].legend(fontsize=7, frameon=False)
+        axes[1].xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:,.0f} k")
+        axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     compared = {name: row for name, row in rows.items() if name != OPD}
     if not compared:
         return [CURVES]
