@@ -57,7 +57,7 @@ def test_stopped_failed_finished_and_not_run_again(config: TopdConfig, tmp_path:
         with pytest.raises(TopdError, match=r"1 of 2 runs failed(?s:.)*topd-seed0 ended with 2: error: another pro"):
             again()
     assert [*load_results(out)["figures"]["arms"]] == ["start", "opd"]
-    assert load_results(out)["notes"][-1] == "no finished run of topd with seed 0"
+    assert load_results(out)["notes"][-1] == "no finished run of topd (seeds 0)"
     shown = again()
     assert f"resumed at update {stopped_at} of {STEPS}" in (topd / LOG).read_text()
     assert [line.split()[0] for line in shown.splitlines()[1:5]] == ["arm", "start", "opd", "topd"]

@@ -50,7 +50,7 @@ PAPER = {START: 38.9, OPD: 47.8, "opd-low-cap": 48.2, "opd-high-cap": 42.1, TOPD
 def sweep(config: TopdConfig) -> tuple[Arm, ...]:
     """OPD and TOPD as configured, TOPD with one field changed, and rivals that cost less or as much.
 
-    Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/3, 10/3, 10; the
+    Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/10, 1/3, 10/3; the
     window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
     """
     return (
@@ -97,7 +97,7 @@ def _topd(name: str, text: str, *overrides: str) -> Arm:
 
 def _numbers(config: TopdConfig) -> Iterator[Arm]:
     near_future = config.near_future
-    for factor in (1 / 3, 10 / 3, 10.0):
+    for factor in (0.1, 1 / 3, 10 / 3):
         value = f"{config.objective.guidance_weight * factor:.3g}"
         yield _topd(f"lambda-{value}", "weight of the guidance", f"objective.guidance_weight={value}")
     for factor in (0.5, 2.0, 4.0):

@@ -71,10 +71,9 @@ def report(
         learnings.setdefault(run.arm.name, {})[run.seed] = read_learning(run.folder)
     figures = compare(arms, learnings, paper=PAPER if study == "ablation" else {})
     missing = [
-        f"no finished run of {arm.name} with seed {seed}"
+        f"{arm.name} (seeds {', '.join(map(str, lacking))})"
         for arm in arms
-        for seed in config.studies.arms.seeds
-        if seed not in learnings.get(arm.name, {})
+        if (lacking := [seed for seed in config.studies.arms.seeds if seed not in learnings.get(arm.name, {})])
     ]
     results = Results(
         study=study,
@@ -84,7 +83,11 @@ def report(
         figures=figures,
         tables=tables(figures),
         pictures=draw(figures, folder),
-        notes=[*(order_notes(figures) if study == "ablation" else []), *_notes(learnings), *missing],
+        notes=[
+            *(order_notes(figures) if study == "ablation" else []),
+            *_notes(learnings),
+            *([f"no finished run of {'; '.join(missing)}"] if missing else []),
+        ],
         config=dump_config(config),
     )
     save_results(folder, results)
