@@ -93,7 +93,8 @@ def _type_text(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return " | ".join(str(one) for one in arguments)
     if origin is tuple:
-        return f"list of {len(arguments)}, each: {_type_text(arguments[0])}"
+        length = "" if arguments[-1] is Ellipsis else f" of {len(arguments)}"
+        return f"list{length}, each: {_type_text(arguments[0])}"
     if origin is dict:
         return f"mapping of text to: {_type_text(arguments[1])}"
     limits = [text for constraint in constraints if (text := _limit_text(constraint))]

@@ -31,6 +31,8 @@ def _arm(name: str, text: str, *overrides: str) -> Arm:
 
 _OPD = ("objective.method=opd", "objective.cap=none")
 _TOPD = ("objective.method=topd", "objective.cap=none")
+_POLICY_GRADIENT = ("objective.divergence=sampled_pg", "objective.kl_discount=0.0")
+_DISCOUNT = "objective.kl_discount=0.95"
 
 ABLATION = (
     _arm(OPD, "per-token distillation", *_OPD),
@@ -48,7 +50,7 @@ PAPER = {START: 38.9, OPD: 47.8, "opd-low-cap": 48.2, "opd-high-cap": 42.1, TOPD
 def sweep(config: TopdConfig) -> tuple[Arm, ...]:
     """OPD and TOPD as configured, TOPD with one field changed, and rivals that cost less or as much.
 
-    Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/3, 10/3, 10; the
+    Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/10, 1/3, 10/3; the
     window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
     """
     return (
@@ -58,8 +60,13 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("sampled-windows", "teacher windows drawn", "near_future.teacher_decoding=sample"),
         _topd("entropic", "entropic plans", "near_future.transport=entropic"),
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
+        _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
+        _topd("random-candidates", "windows at random positions", "near_future.ranking=random"),
+        _topd("resampled-windows", "the student continues anew", "near_future.student_window=resample"),
+        _topd("teacher-context", "the teacher's window after its own tokens", "near_future.guidance_context=teacher"),
         _more_rollouts(config),
-        _opd("policy-gradient", "policy gradient on the sampled token", "objective.divergence=sampled_pg"),
+        _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
+        _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
     )
 
 
@@ -90,7 +97,7 @@ def _topd(name: str, text: str, *overrides: str) -> Arm:
 
 def _numbers(config: TopdConfig) -> Iterator[Arm]:
     near_future = config.near_future
-    for factor in (1 / 3, 10 / 3, 10.0):
+    for factor in (0.1, 1 / 3, 10 / 3):
         value = f"{config.objective.guidance_weight * factor:.3g}"
         yield _topd(f"lambda-{value}", "weight of the guidance", f"objective.guidance_weight={value}")
     for factor in (0.5, 2.0, 4.0):

@@ -74,13 +74,16 @@ def plan_runs(path: Path, config: TopdConfig, arms: Sequence[Arm], root: Path) -
     `path` holds `config`, but for studies.arms, which no run reads.
 
     Raises ConfigError, before anything runs, for an arm that the config does not allow, for a run folder of another
-    config, and where run.steps or data.heldout is unset.
+    config, where run.steps or data.heldout is unset, and for a seed that is there twice.
     """
     if config.run.steps is None or config.data.heldout is None:
         unset = "run.steps" if config.run.steps is None else "data.heldout"
         raise ConfigError(f"{unset}: found none, right would be one for all arms of a study")
+    seeds = config.studies.arms.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"studies.arms.seeds: found {list(seeds)}, right would be every seed once")
     runs = []
-    for seed in config.studies.arms.seeds:
+    for seed in seeds:
         for arm in arms:
             overrides = (*_common(config), *arm.overrides, *_own(arm, seed, root))
             inline = ["--inline"] if config.studies.arms.runs_at_once > 1 else []

@@ -16,6 +16,9 @@ TAIL = 0.025
 FEWEST = 20
 """Observations below which no interval is computed: a bootstrap of fewer promises what it cannot hold."""
 
+FEWEST_SEEDS = 3
+"""Runs below which `bootstrap_crossed` computes none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -73,6 +76,34 @@ def bootstrap_groups(statistic: Callable[..., float], *groups: Sequence[float] |
         [statistic(*(array[rng.integers(array.size, size=array.size)] for array in arrays)) for _ in range(RESAMPLES)]
     )
     return _interval(value, values, smallest)
+
+
+def bootstrap_crossed(values_SP: Floats, seed: int = 0) -> Interval:
+    """Mean of `values_SP` (S seeds of training, P held-out prompts), resampled on both levels; n is S.
+
+    A resample draws S seeds and, apart from them, P prompts, with replacement, and takes the mean of what they cross
+    (Owen 2007, "The pigeonhole bootstrap"): all seeds answer the same prompts, so that more seeds do not make up for
+    few prompts. For a paired difference, give the difference of the two arms' tables: both are then drawn alike, and
+    what seeds and prompts have in common cancels out.
+
+    What that assumes with S = 5: that five seeds stand for all. Their spread is estimated from five values, and a
+    resample's mean has (S - 1) / S of its variance, which makes the seeds' part of the interval 11 % too short; the
+    variance of single answers (seed x prompt) is counted three times, which makes it too long where that rules. In
+    simulations of five seeds and 500 prompts it held the true mean in 85 % of cases where seeds alone differ, and in
+    94 to 99 % where answers vary as they do here. Read it together with the differences of single seeds. None below 3
+    seeds. Raises DataError for a table without seeds or prompts.
+    """
+    if values_SP.ndim != 2 or 0 in values_SP.shape:
+        raise DataError(f"values: shape {values_SP.shape}, want seeds x prompts, at least 1 of both")
+    num_seeds, num_prompts = values_SP.shape
+    value = float(values_SP.mean())
+    if num_seeds < FEWEST_SEEDS:
+        return Interval(value=value, low=None, high=None, n=num_seeds)
+    rng = np.random.default_rng(seed)
+    weights_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES)
+    weights_RP = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), RESAMPLES)
+    means_R = ((weights_RS @ values_SP) * weights_RP).sum(1) / (num_seeds * num_prompts)
+    return _interval(value, means_R, num_seeds)
 
 
 def pearson(x: Floats, y: Floats) -> float:
