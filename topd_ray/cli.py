@@ -126,6 +126,15 @@ def sweep_command(args: argparse.Namespace) -> int:
     return _compare("sweep", args)
 
 
+def report_command(args: argparse.Namespace) -> int:
+    """docs/results.md from the results of all studies."""
+    from topd_ray.studies.report import write_report
+
+    folders = write_report(args.studies, args.page)
+    print(f"{args.page}: {', '.join(folder.name for folder in folders)}")
+    return 0
+
+
 def _compare(study: Literal["ablation", "sweep"], args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from topd_ray.studies.comparison import compare_arms
@@ -221,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
     _study(studies, "ablation", ablation_command)
     _study(studies, "sweep", sweep_command)
     _study(studies, "local-correction", local_correction_command)
+    text = report_command.__doc__
+    report = studies.add_parser("report", help=text, description=text, allow_abbrev=False)
+    report.add_argument("--studies", type=Path, default=Path("studies"), help="folder of studies (%(default)s)")
+    report.add_argument("--page", type=Path, default=Path("docs/results.md"), help="what to write (%(default)s)")
+    report.set_defaults(command=report_command)
     doctor = commands.add_parser("doctor", help="what this machine or a run lacks", description=doctor_command.__doc__)
     doctor.add_argument("run", nargs="?", type=Path, metavar="RUN", help="folder of a run (default: this machine)")
     doctor.set_defaults(command=doctor_command)
