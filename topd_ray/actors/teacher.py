@@ -120,8 +120,10 @@ def put_guided(guided: Sequence[GuidedTrajectory], store: Store) -> Iterator[Gui
                 trajectory_id=one.trajectory.trajectory_id,
                 policy_version=one.trajectory.policy_version,
                 num_tokens=one.trajectory.num_response_tokens,
-                num_sequence_tokens=len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens,
-                num_guided=one.targets.num_guided,
+                num_sequence_tokens=len(one.trajectory.prompt_ids)
+                + one.trajectory.num_response_tokens
+                + one.num_branch_tokens,
+                num_guided=one.num_guided,
                 num_bytes=one.num_bytes,
                 distances=tuple(one.windows.distances.tolist()),
             )
