@@ -154,6 +154,10 @@ def test_one_problem(minimal: Path, override: str, line: str) -> None:
             "near_future.guidance_context, pipeline.max_staleness, objective.importance_horizon: found teacher with",
         ),
         (
+            ["near_future.student_window=resample", "run.deterministic=true", "teacher.num_workers=2"],
+            "teacher.num_workers, rollout.num_workers: found resample with 2 teachers for 1 rollout workers",
+        ),
+        (
             ["near_future.student_window=resample", "pipeline.max_staleness=1"],
             "near_future.student_window, pipeline.max_staleness: found resample with max_staleness 1, where the policy",
         ),

@@ -111,6 +111,13 @@ def _of_objective(config: "TopdConfig") -> Iterator[Contradiction]:
 
 def _of_branches(config: "TopdConfig") -> Iterator[Contradiction]:
     """Of guidance beside the trajectory."""
+    num_teachers, num_rollouts = config.teacher.num_workers, config.rollout.num_workers
+    if config.resamples and config.run.deterministic and num_teachers > num_rollouts:
+        yield Contradiction(
+            keys=("near_future.student_window", "run.deterministic", "teacher.num_workers", "rollout.num_workers"),
+            text=f"found resample with {num_teachers} teachers for {num_rollouts} rollout workers, which then serve in "
+            "the order they are asked; right would be a rollout worker for each teacher, or deterministic false",
+        )
     staleness = config.pipeline.max_staleness
     if staleness == 0:
         return

@@ -420,6 +420,11 @@ class TopdConfig(Section):
         """Trajectories of one update."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
+    @property
+    def resamples(self) -> bool:
+        """Whether the student continues prefixes anew."""
+        return self.objective.looks_ahead and self.near_future.student_window == "resample"
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> "TopdConfig":
         if found := tuple(contradictions(self)):
