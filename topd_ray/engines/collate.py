@@ -129,9 +129,9 @@ def branch_rows(guided: GuidedTrajectory) -> Iterator[GuidedTrajectory]:
     that `is_of_branches`. Raises DataError where a branch lies outside of the response, or has no token.
     """
     trajectory, branches = guided.trajectory, guided.branches
-    lengths = np.diff(branches.indptr)
-    if not len(lengths):
+    if not len(branches.positions):
         return
+    lengths = np.diff(branches.indptr)
     if not ((branches.positions >= 0) & (branches.positions < trajectory.num_response_tokens) & (lengths > 0)).all():
         raise DataError(
             f"trajectory {trajectory.trajectory_id}: branches at {branches.positions.tolist()} of {lengths.tolist()} "
