@@ -416,14 +416,14 @@ class TopdConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
 
     @property
-    def batch_size(self) -> int:
-        """Trajectories of one update."""
-        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
-
-    @property
     def resamples(self) -> bool:
         """Whether the student continues prefixes anew."""
         return self.objective.looks_ahead and self.near_future.student_window == "resample"
+
+    @property
+    def batch_size(self) -> int:
+        """Trajectories of one update."""
+        return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "TopdConfig":
