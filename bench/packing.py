@@ -62,7 +62,7 @@ class PaddedLearner(LearnerEngine):
 
         student.hidden_states = hidden_states
 
-    def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    def _pack(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         lengths = [num_positions(one) for one in trajectories]
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if self._sort else range(len(lengths))
         found: list[list[int]] = []
@@ -73,8 +73,10 @@ class PaddedLearner(LearnerEngine):
                 found.append([index])
         return found
 
-    def _collate(self, trajectories: Sequence[GuidedTrajectory], part: Sequence[int]) -> MicroBatch:
-        packed = super()._collate(trajectories, part)
+    def _collate(
+        self, trajectories: Sequence[GuidedTrajectory], part: Sequence[int], *, is_of_branches: bool = False
+    ) -> MicroBatch:
+        packed = super()._collate(trajectories, part, is_of_branches=is_of_branches)
         return replace(packed, tokens=padded(packed.tokens))
 
 

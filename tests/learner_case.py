@@ -5,6 +5,7 @@ Axes: T tokens of a response, V vocabulary.
 
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from tests.tiny import NUM_TOKENS
 from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.engines.learner import LearnerEngine
-from topd_ray.types import GuidedTrajectory, Metric, SparseTargets, TeacherScores, Trajectory, Windows
+from topd_ray.types import Branches, GuidedTrajectory, Metric, SparseTargets, TeacherScores, Trajectory, Windows
 
 TEMPERATURE = 0.7
 TOTAL_UPDATES = 10
@@ -68,6 +69,23 @@ def _make_guided(draw: np.random.Generator, name: str, top_k: int) -> GuidedTraj
     )
 
 
+def with_branches(guided: GuidedTrajectory, *, seed: int = 0) -> GuidedTrajectory:
+    """Branches of 3 and 1 tokens at the first and the fourth position, every token but one guided."""
+    draw = np.random.default_rng(seed)
+    branches = Branches(
+        positions=np.array([0, 3], np.int32),
+        indptr=np.array([0, 3, 4], np.int64),
+        token_ids=draw.integers(0, NUM_TOKENS, 4).astype(np.int32),
+        targets=SparseTargets(
+            indptr=np.array([0, 2, 2, 3, 4], np.int64),
+            token_ids=draw.integers(0, NUM_TOKENS, 4).astype(np.int32),
+            weights=np.array([0.25, 0.75, 1.0, 1.0], np.float32),
+            entropy=np.array([-0.25 * np.log(0.25) - 0.75 * np.log(0.75), 0.0, 0.0, 0.0], np.float32),
+        ),
+    )
+    return replace(guided, branches=branches)
+
+
 def scores_of(logprobs_TV: np.ndarray, response_ids: np.ndarray, top_k: int) -> TeacherScores:
     topk_ids = np.argsort(-logprobs_TV, axis=1)[:, :top_k].astype(np.int32)
     return TeacherScores(
@@ -80,7 +98,7 @@ def scores_of(logprobs_TV: np.ndarray, response_ids: np.ndarray, top_k: int) -> 
 def totals(batch: Sequence[GuidedTrajectory]) -> dict[str, Any]:
     return {
         "num_tokens": float(sum(one.trajectory.num_response_tokens for one in batch)),
-        "num_guided": sum(one.targets.num_guided for one in batch),
+        "num_guided": sum(one.num_guided for one in batch),
         "num_trajectories": len(batch),
     }
 

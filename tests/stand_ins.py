@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import cloudpickle
 
 from topd_ray import errors
@@ -118,6 +119,10 @@ class Rollout(StandIn):
             served = self.newest.version if self.newest else -1
             yield Completions(correct={prompt.prompt_id: (True,)}, num_tokens=served, num_cut=0)
 
+    def continue_prefixes(self, prefixes: Sequence[Any], num_tokens: int, *, seeds: Sequence[int]) -> list[Any]:
+        self.obey("continue_prefixes")
+        return [np.full(num_tokens, seed, np.int32) for seed in seeds]
+
     def own_teacher(self, requests: Sequence[RolloutRequest], top_k: int | str) -> list[GuidedItem]:
         return list(_guide(self.store, [self._write(requests)]))
 
@@ -125,7 +130,10 @@ class Rollout(StandIn):
 class Teacher(StandIn):
     role = "teacher"
 
-    def look_ahead(self, chunks: Sequence[RolloutChunk], threshold: float) -> GuidedChunk:
+    def look_ahead(self, chunks: Sequence[RolloutChunk], threshold: float, student: Any = None) -> GuidedChunk:
+        if student is not None:
+            assert student.continue_prefixes([[1], [2]], 2, seeds=[3, 4])[1].tolist() == [4, 4]
+            (self.folder / "teacher-resampled").touch()
         self.store.get([chunk.handle for chunk in chunks])
         for trajectory_id in (one for chunk in chunks for one in chunk.trajectory_ids):
             self.obey(f"look_ahead-{trajectory_id.split('/')[0]}")

@@ -1,11 +1,11 @@
 """Frozen records that cross rooms.
 
-Axes: T response tokens of one trajectory, K top teacher tokens, P guided positions, M windows.
+Axes: T response tokens of one trajectory, K top teacher tokens, P guided positions, M windows, B branches.
 Log-probabilities are natural (nats), float32, of the distribution at the rollout's temperature.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -135,6 +135,32 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Branches:
+    """Near futures that the learner guides in a context of their own: a prefix of the trajectory, then other tokens.
+
+    Only the guidance applies there; the distillation of the trajectory does not.
+    """
+
+    positions: Int32
+    """[B], response positions at which the branches leave the trajectory, ascending"""
+    indptr: Int64
+    """[B + 1], row pointers into token_ids"""
+    token_ids: Int32
+    """the branches' own tokens, one after the other, at least one each"""
+    targets: SparseTargets
+    """over all of token_ids"""
+
+    @classmethod
+    def empty(cls) -> "Branches":
+        return cls(
+            positions=np.zeros(0, np.int32),
+            indptr=np.zeros(1, np.int64),
+            token_ids=np.zeros(0, np.int32),
+            targets=SparseTargets.empty(0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GuidedTrajectory:
     """A trajectory with all that the learner needs from the teacher."""
 
@@ -144,12 +170,25 @@ class GuidedTrajectory:
     capped: NDArray[np.bool_]
     """[T], true where the token's loss is capped at the trajectory's median (the paper's ablation)"""
     windows: Windows
+    branches: Branches = field(default_factory=Branches.empty)
+
+    @property
+    def num_guided(self) -> float:
+        """(window, position) pairs that the teacher guides, along the trajectory and on its branches."""
+        return self.targets.num_guided + self.branches.targets.num_guided
+
+    @property
+    def num_branch_tokens(self) -> int:
+        """Tokens that the learner's forward passes over the branches take, their prefixes included."""
+        num_branches = len(self.branches.positions)
+        prefixes = num_branches * len(self.trajectory.prompt_ids) + int(self.branches.positions.sum(dtype=np.int64))
+        return prefixes + len(self.branches.token_ids)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays together."""
-        parts = (self.trajectory, self.scores, self.targets, self.windows)
-        values = [getattr(part, field.name) for part in parts for field in fields(part)]
+        parts = (self.trajectory, self.scores, self.targets, self.windows, self.branches, self.branches.targets)
+        values = [getattr(part, one.name) for part in parts for one in fields(part)]
         return self.capped.nbytes + sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 

@@ -25,6 +25,7 @@ from tests.learner_case import (
     scores_of,
     totals,
     weights_of,
+    with_branches,
 )
 from tests.tiny import NUM_TOKENS, load_tiny_model, make_tiny_model, plain_logprobs
 from topd_ray.config.schema import ObjectiveConfig
@@ -62,9 +63,24 @@ def plain_loss(
         rows = np.repeat(np.arange(len(response)), np.diff(one.targets.indptr))
         weights = torch.tensor(one.targets.weights).double() * importance[rows]
         guidance = guidance - (weights * student[rows, one.targets.token_ids]).sum()
-        guidance = guidance - (importance * torch.tensor(one.targets.entropy)).sum()
+        guidance = guidance - (importance * torch.tensor(one.targets.entropy)).sum() + plain_branches(model, one)
     sums = totals(batch)
     return token_loss / sums["num_tokens"] + objective.guidance_weight * guidance / sums["num_guided"]
+
+
+def plain_branches(model: Any, guided: GuidedTrajectory) -> torch.Tensor:
+    """The KL of every guided token of the branches, each behind its own prefix."""
+    total, branches = torch.zeros((), dtype=torch.float64), guided.branches
+    for branch, position in enumerate(branches.positions):
+        start, end = branches.indptr[branch : branch + 2]
+        prefix = [*map(int, guided.trajectory.prompt_ids), *map(int, guided.trajectory.response_ids[:position])]
+        ids = torch.tensor([[*prefix, *map(int, branches.token_ids[start:end])]])
+        student = torch.log_softmax(model(ids).logits[0, len(prefix) - 1 : -1, :NUM_TOKENS] / TEMPERATURE, -1)
+        for row in range(start, end):
+            for one in range(branches.targets.indptr[row], branches.targets.indptr[row + 1]):
+                weight, token = float(branches.targets.weights[one]), branches.targets.token_ids[one]
+                total = total + weight * (np.log(weight) - student[row - start, token])
+    return total
 
 
 def plain_weights(student_TV: np.ndarray, trajectory: Trajectory, objective: ObjectiveConfig) -> list[float]:
@@ -91,6 +107,7 @@ def test_loss_and_gradient_are_those_of_the_plain_loss(
 ) -> None:
     """However trajectories are packed; all but one are longer than 10 tokens."""
     batch = make_batch(5, top_k=NUM_TOKENS)[:: 1 if budget == 40 else -1]
+    batch[1], batch[3] = with_branches(batch[1]), with_branches(batch[3], seed=1)
     engine = make_engine(student, max_tokens_per_micro_batch=budget)
     gradients: dict[str, torch.Tensor] = {}
 
@@ -160,6 +177,24 @@ def test_metrics_say_what_the_update_did(tied: Path) -> None:
         found["loss/opd"] + ObjectiveConfig().guidance_weight * found["loss/guidance"], rel=1e-5
     )
     assert found["learner/padding"] == 0.0
+
+
+def test_branches_are_guided_and_nothing_else(tied: Path) -> None:
+    """They add to the guidance and its count; all other figures are those of the trajectories."""
+    plain = make_batch(3, top_k=NUM_TOKENS)
+    batch = [with_branches(plain[0]), *plain[1:]]
+    found = {}
+    for branched, trajectories in ((False, plain), (True, batch)):
+        engine = make_engine(tied, max_tokens_per_micro_batch=1000)
+        found[branched] = figures(engine.learn(trajectories, **totals(trajectories)))
+        engine.shutdown()
+    differ = {key for key in found[False] if found[True][key] != pytest.approx(found[False][key], rel=1e-6)}
+    assert differ == {"loss/guidance", "loss/total", "learner/grad_norm", "learner/micro_batches"}
+    assert found[True]["learner/micro_batches"] == 2
+    assert totals(batch)["num_guided"] == totals(plain)["num_guided"] + 3
+    model = load_tiny_model(tied).double()
+    guided = (plain_loss(model, batch) - plain_loss(model, batch, ObjectiveConfig(guidance_weight=0.0))) / 0.3
+    assert found[True]["loss/guidance"] == pytest.approx(guided.item(), rel=1e-5)
 
 
 def test_log_probabilities_are_those_of_a_plain_forward_pass(student: Path) -> None:
@@ -381,11 +416,14 @@ TWO_RANK_CASES = tuple((stage, kind) for kind in ("tied", "untied") for stage in
 
 
 def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    """Ranks with 4 and 2 trajectories, in 2 micro-batches and in 1: a rank runs out of work before the other."""
+    """Ranks with 4 and 2 trajectories, in 2 micro-batches and in 1: a rank runs out of work before the other.
+
+    In the untied cases the first rank has a micro-batch of branches besides.
+    """
     init_method = free_init_method()
-    batch = make_batch(6, top_k=6)
     right = {}
     for kind in ("tied", "untied"):
+        batch = two_rank_batch(kind)
         engine = make_engine(make_tiny_model(tmp_path / kind, seed=0, tied=kind == "tied"))
         loss = engine.loss(batch, **totals(batch))
         right[kind] = loss, [figures(engine.learn(batch, **totals(batch))) for _ in range(2)], weights_of(engine)
@@ -398,8 +436,8 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert ranks[1]["weights"] == {}
         assert_near(ranks[0]["weights"], weights)
         sums = [{key: total for key, total, _ in one["updates"][0]} for one in ranks]
-        assert [one["learner/padding"] for one in sums] == [0, 1]
-        assert [one["learner/micro_batches"] for one in sums] == [2, 2]
+        assert [one["learner/padding"] for one in sums] == [0, 1 if kind == "tied" else 2]
+        assert [one["learner/micro_batches"] for one in sums] == [2 if kind == "tied" else 3] * 2
         assert [one["num_logprobs"] for one in ranks] == [4, 0]
         for of_ranks, expected in zip(zip(*(one["updates"] for one in ranks), strict=True), updates, strict=True):
             found = reduced(of_ranks)
@@ -407,6 +445,11 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
                 assert found[key] == pytest.approx(expected[key], rel=2e-5, abs=1e-6), (stage, kind, key)
         assert "the loss is not finite on another rank" in ranks[0]["error"]
         assert "the loss is nan over the trajectories p5/0/0, p4/0/0" in ranks[1]["error"]
+
+
+def two_rank_batch(kind: str) -> list[GuidedTrajectory]:
+    batch = make_batch(6, top_k=6)
+    return batch if kind == "tied" else [with_branches(batch[0]), *batch[1:]]
 
 
 def reduced(of_ranks: Sequence[Sequence[tuple[str, float, float]]]) -> dict[str, float]:
@@ -418,11 +461,11 @@ def reduced(of_ranks: Sequence[Sequence[tuple[str, float, float]]]) -> dict[str,
 
 
 def _run_rank(rank: int, init_method: str, folder: Path) -> None:
-    batch = make_batch(6, top_k=6)
-    share = batch[:4] if rank == 0 else batch[4:]
-    nan = np.full_like(share[0].scores.sampled_logprobs, np.nan)
-    spoilt = replace(share[0], scores=replace(share[0].scores, sampled_logprobs=nan))
     for stage, kind in TWO_RANK_CASES:
+        batch = two_rank_batch(kind)
+        share = batch[:4] if rank == 0 else batch[4:]
+        nan = np.full_like(share[0].scores.sampled_logprobs, np.nan)
+        spoilt = replace(share[0], scores=replace(share[0].scores, sampled_logprobs=nan))
         group = {"rank": rank, "world_size": 2, "init_method": init_method, "zero_stage": stage}
         engine = make_engine(folder / kind, **group)
         loss = engine.loss(share, **totals(batch))

@@ -13,11 +13,11 @@ from transformers import Qwen3ForCausalLM
 
 from tests.tiny import EOS_ID, NUM_TOKENS, at, load_tiny_model, make_tiny_model, plain_greedy, plain_logprobs
 from topd_ray.config.schema import NearFutureConfig, ObjectiveConfig, TeacherConfig
-from topd_ray.engines.look_ahead import LookAhead
+from topd_ray.engines.look_ahead import Asked, LookAhead
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.objective.targets import unfold
 from topd_ray.objective.transport import exact_transport, ground_cost, unit_embeddings
-from topd_ray.types import GuidedTrajectory, Trajectory
+from topd_ray.types import GuidedTrajectory, SparseTargets, Trajectory
 
 WINDOW = 6
 TEMPERATURE = 0.8
@@ -91,6 +91,14 @@ def teacher_windows(guided: GuidedTrajectory) -> list[list[int]]:
     return [guided.windows.teacher_ids[start:end].tolist() for start, end in pairwise(ends)]
 
 
+def median_distance(looking: LookAhead, pending: list[Asked]) -> float:
+    return float(np.median(np.concatenate([one.windows.distances for one in looking.fold(pending, 0.0)])))
+
+
+def branches_of(guided: GuidedTrajectory) -> list[list[int]]:
+    return [guided.branches.token_ids[start:end].tolist() for start, end in pairwise(guided.branches.indptr)]
+
+
 @pytest.mark.parametrize("ranking", ["teacher_nll", "sampled_kl"])
 def test_windows_start_at_the_highest_losses_and_go_on_as_the_teacher_would(teacher, ranking):
     trajectories = make_trajectories(6)
@@ -111,8 +119,7 @@ def test_only_windows_further_apart_than_the_threshold_guide(teacher):
     trajectories = make_trajectories(6)
     looking = look_ahead(teacher)
     pending = looking.ask(trajectories)
-    distances = np.concatenate([one.windows.distances for one in looking.fold(pending, 0.0)])
-    threshold = float(np.median(distances))
+    threshold = median_distance(looking, pending)
     embedding = unit_embeddings(torch.from_numpy(teacher.engine.embedding()))
     for guided in looking.fold(pending, threshold):
         response_ids = guided.trajectory.response_ids
@@ -138,7 +145,7 @@ def test_the_identity_plan_changes_targets_and_nothing_else(teacher):
     trajectories = make_trajectories(6)
     looking = look_ahead(teacher)
     pending = looking.ask(trajectories)
-    threshold = float(np.median(np.concatenate([one.windows.distances for one in looking.fold(pending, 0.0)])))
+    threshold = median_distance(looking, pending)
     transported = looking.fold(pending, threshold)
     for guided, other in zip(look_ahead(teacher, plan="identity").fold(pending, threshold), transported, strict=True):
         assert_same(replace(guided, targets=other.targets), other)
@@ -151,6 +158,74 @@ def test_the_identity_plan_changes_targets_and_nothing_else(teacher):
         assert unfold(guided.targets) == expected
         assert not guided.targets.entropy.any()
     assert sum(one.targets.num_guided for one in transported) > 0
+
+
+def test_in_the_teachers_context_its_window_is_learnt_on_a_branch(teacher):
+    trajectories = make_trajectories(6)
+    looking, beside = look_ahead(teacher), look_ahead(teacher, guidance_context="teacher")
+    pending = looking.ask(trajectories)
+    threshold = median_distance(looking, pending)
+    transported = looking.fold(pending, threshold)
+    for guided, other in zip(beside.fold(pending, threshold), transported, strict=True):
+        empty = SparseTargets.empty(guided.trajectory.num_response_tokens)
+        assert_same(guided, replace(other, targets=empty))
+        windows = teacher_windows(guided)
+        forks = [row for row, divergent in enumerate(guided.windows.divergent) if divergent]
+        branches = guided.branches
+        assert branches.positions.tolist() == guided.windows.positions[forks].tolist()
+        assert branches_of(guided) == [windows[row] for row in forks]
+        assert unfold(branches.targets) == [{token: 1.0} for row in forks for token in windows[row]]
+        assert not branches.targets.entropy.any()
+        assert len(other.branches.positions) == 0
+    divergent = np.concatenate([one.windows.divergent for one in transported])
+    assert divergent.any() and not divergent.all()
+
+
+@pytest.mark.parametrize("plan", ["transport", "identity"])
+def test_resampled_student_windows_are_guided_on_branches(teacher, plan):
+    """Where the student draws the tokens it wrote before, all is as along the trajectory, window by window."""
+    trajectories = make_trajectories(6)
+    reusing, resampling = (look_ahead(teacher, plan=plan, student_window=one) for one in ("reuse", "resample"))
+    pending = reusing.ask(trajectories)
+    again = resampling.resample(pending, SameAgain(trajectories))
+    threshold = median_distance(reusing, pending)
+    for guided, other in zip(resampling.fold(again, threshold), reusing.fold(pending, threshold), strict=True):
+        assert_same(guided, replace(other, targets=guided.targets))
+        assert guided.targets.num_guided == 0.0
+        response_ids = guided.trajectory.response_ids
+        forks = guided.windows.positions[guided.windows.divergent]
+        assert guided.branches.positions.tolist() == forks.tolist()
+        folded = [dict[int, float]() for _ in response_ids]
+        rows = iter(unfold(guided.branches.targets))
+        for position, own in zip(forks, branches_of(guided), strict=True):
+            assert own == response_ids[position : position + len(own)].tolist()
+            for weights in folded[position : position + len(own)]:
+                for token, weight in next(rows).items():
+                    weights[token] = weights.get(token, 0.0) + weight
+        for found, right in zip(folded, unfold(other.targets), strict=True):
+            assert found == pytest.approx(right, abs=1e-6)
+    drawn = resampling.resample(pending, Constant())
+    assert [one.student_windows for one in drawn] == [((7, 8),) * len(one.positions) for one in pending]
+
+
+class SameAgain:
+    """A student that writes what it has written."""
+
+    def __init__(self, trajectories: list[Trajectory]) -> None:
+        self._written = [[*one.prompt_ids.tolist(), *one.response_ids.tolist()] for one in trajectories]
+
+    def continue_prefixes(self, prefixes, num_tokens, *, seeds):
+        assert len(set(seeds)) == len(prefixes)
+        wholes = [next(ids for ids in self._written if ids[: len(prefix)] == prefix) for prefix in prefixes]
+        return [
+            np.array(ids[len(prefix) : len(prefix) + num_tokens], np.int32)
+            for ids, prefix in zip(wholes, prefixes, strict=True)
+        ]
+
+
+class Constant:
+    def continue_prefixes(self, prefixes, num_tokens, *, seeds):
+        return [(7, 8) for _ in prefixes]
 
 
 def test_random_candidates_depend_on_seed_and_trajectory_alone(teacher):

@@ -116,6 +116,15 @@ def test_behaviour_logprobs_are_of_the_distribution_at_the_temperature(engine, f
     assert all(one.policy_version == 0 and one.behaviour_logprobs.dtype == np.float32 for one in written.values())
 
 
+def test_a_continued_prefix_is_what_a_trajectory_of_the_same_seed_is(engine):
+    requests = make_requests(6)
+    written = tokens(write(engine, requests))
+    prefixes = [one.prompt.token_ids for one in requests]
+    continued = engine.continue_prefixes(prefixes, 5, seeds=[one.seed for one in requests])
+    assert [ids.tolist() for ids in continued] == [written[one.trajectory_id][:5] for one in requests]
+    assert continued[0].dtype == np.int32
+
+
 def test_padded_rows_are_never_sampled(engine, first):
     written = write(engine, make_requests(32))
     assert max(one.response_ids.max() for one in written.values()) < NUM_TOKENS

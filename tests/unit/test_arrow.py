@@ -21,9 +21,9 @@ from topd_ray.data.arrow import (
     trajectories_to_batch,
 )
 from topd_ray.errors import DataError
-from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
+from topd_ray.types import Branches, GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
-RECORDS = (Trajectory, TeacherScores, SparseTargets, Windows)
+RECORDS = (Trajectory, TeacherScores, SparseTargets, Windows, Branches)
 IDS = st.text(max_size=8)
 TOKENS = st.integers(0, 2**31 - 1)
 FLOATS = st.floats(width=32)
@@ -54,7 +54,7 @@ def trajectories(draw: Any) -> Trajectory:
 def guided_trajectories(draw: Any) -> GuidedTrajectory:
     trajectory = draw(trajectories())
     num_tokens, top_k = trajectory.num_response_tokens, draw(st.integers(1, 4))
-    num_targets, num_windows = draw(st.integers(0, 6)), draw(st.integers(0, 3))
+    num_windows, num_branches, num_own = (draw(st.integers(0, 3)) for _ in range(3))
     return GuidedTrajectory(
         trajectory=trajectory,
         scores=TeacherScores(
@@ -62,12 +62,7 @@ def guided_trajectories(draw: Any) -> GuidedTrajectory:
             topk_logprobs=array(draw, np.float32, (num_tokens, top_k), FLOATS),
             sampled_logprobs=array(draw, np.float32, num_tokens, FLOATS),
         ),
-        targets=SparseTargets(
-            indptr=array(draw, np.int64, num_tokens + 1),
-            token_ids=array(draw, np.int32, num_targets, TOKENS),
-            weights=array(draw, np.float32, num_targets, FLOATS),
-            entropy=array(draw, np.float32, num_tokens, FLOATS),
-        ),
+        targets=sparse_targets(draw, num_tokens),
         capped=array(draw, np.bool_, num_tokens),
         windows=Windows(
             positions=array(draw, np.int32, num_windows, TOKENS),
@@ -76,6 +71,22 @@ def guided_trajectories(draw: Any) -> GuidedTrajectory:
             teacher_indptr=array(draw, np.int64, num_windows + 1),
             teacher_ids=array(draw, np.int32, draw(st.integers(0, 7)), TOKENS),
         ),
+        branches=Branches(
+            positions=array(draw, np.int32, num_branches, TOKENS),
+            indptr=array(draw, np.int64, num_branches + 1),
+            token_ids=array(draw, np.int32, num_own, TOKENS),
+            targets=sparse_targets(draw, num_own),
+        ),
+    )
+
+
+def sparse_targets(draw: Any, num_tokens: int) -> SparseTargets:
+    num_targets = draw(st.integers(0, 6))
+    return SparseTargets(
+        indptr=array(draw, np.int64, num_tokens + 1),
+        token_ids=array(draw, np.int32, num_targets, TOKENS),
+        weights=array(draw, np.float32, num_targets, FLOATS),
+        entropy=array(draw, np.float32, num_tokens, FLOATS),
     )
 
 
@@ -172,20 +183,20 @@ def test_views_share_memory_both_ways() -> None:
 
 def test_schemas_carry_their_version() -> None:
     assert TRAJECTORY_SCHEMA.metadata == {b"topd_ray.schema": b"trajectory/1"}
-    assert guided_to_batch([small_guided()]).schema.metadata == {b"topd_ray.schema": b"guided_trajectory/1"}
+    assert guided_to_batch([small_guided()]).schema.metadata == {b"topd_ray.schema": b"guided_trajectory/2"}
 
 
 def test_foreign_schemas_are_refused() -> None:
-    message = "a record batch of schema trajectory/1 was found where guided_trajectory/1 would be right"
+    message = "a record batch of schema trajectory/1 was found where guided_trajectory/2 would be right"
     with pytest.raises(DataError, match=message):
         batch_to_guided(trajectories_to_batch([small_trajectory()]))
     with pytest.raises(DataError, match="a record batch of schema none was found where trajectory/1 would be right"):
         batch_to_trajectories(pa.RecordBatch.from_pylist([{"a": 1}]))
-    later = guided_to_batch([small_guided()]).replace_schema_metadata({"topd_ray.schema": "guided_trajectory/2"})
-    with pytest.raises(DataError, match="of schema guided_trajectory/2 was found"):
+    later = guided_to_batch([small_guided()]).replace_schema_metadata({"topd_ray.schema": "guided_trajectory/3"})
+    with pytest.raises(DataError, match="of schema guided_trajectory/3 was found"):
         batch_to_guided(later)
     torn = pa.RecordBatch.from_pylist([{"a": 1}]).replace_schema_metadata(GUIDED_SCHEMA.metadata)
-    with pytest.raises(DataError, match=r"says it is guided_trajectory/1, but its columns differ \(a, behaviour"):
+    with pytest.raises(DataError, match=r"says it is guided_trajectory/2, but its columns differ \(a, behaviour"):
         batch_to_guided(torn)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from topd_ray.engines.collate import collate, collate_tokens, stand_in
+from topd_ray.engines.collate import branch_rows, collate, collate_tokens, stand_in
 from topd_ray.errors import DataError
-from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
+from topd_ray.types import Branches, GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
 CPU = torch.device("cpu")
 
@@ -135,3 +135,43 @@ def test_stale_are_those_of_an_older_version(pair: list[GuidedTrajectory]) -> No
     assert collate([pair[0], newer, pair[1]], CPU, policy_version=3).stale == (0, 2)
     assert collate([newer], CPU, policy_version=3).stale == ()
     assert collate(pair, CPU).stale == ()
+
+
+def branched(one: GuidedTrajectory, positions: list[int], lengths: list[int]) -> GuidedTrajectory:
+    """Branches whose tokens are 31, 32, ..., each of which learns the token 10 above it."""
+    num_tokens = sum(lengths)
+    token_ids = np.arange(31, 31 + num_tokens, dtype=np.int32)
+    branches = Branches(
+        positions=np.array(positions, np.int32),
+        indptr=np.cumsum([0, *lengths]).astype(np.int64),
+        token_ids=token_ids,
+        targets=SparseTargets(
+            indptr=np.arange(num_tokens + 1, dtype=np.int64),
+            token_ids=token_ids + 10,
+            weights=np.ones(num_tokens, np.float32),
+            entropy=np.zeros(num_tokens, np.float32),
+        ),
+    )
+    return replace(one, branches=branches)
+
+
+def test_a_branch_lies_behind_its_prefix_with_its_own_targets(pair: list[GuidedTrajectory]) -> None:
+    one = branched(pair[1], [0, 2], [2, 1])
+    assert (one.num_guided, one.num_branch_tokens) == (2 + 3, (3 + 0 + 2) + (3 + 2 + 1))
+    batch = collate(list(branch_rows(one)), CPU, policy_version=7, is_of_branches=True)
+    assert batch.tokens.input_ids_P.tolist() == [21, 22, 23, 31, 21, 22, 23, 3, 4]
+    assert batch.tokens.input_ids_P[batch.tokens.predictor_N].tolist() == [23, 31, 4]
+    assert batch.loss.sampled_ids.tolist() == [31, 32, 33]
+    assert batch.loss.target_ids.tolist() == [41, 42, 43]
+    assert batch.loss.target_indptr.tolist() == [0, 1, 2, 3]
+    assert batch.loss.segment_ids.tolist() == [0, 0, 1]
+    assert batch.is_of_branches and batch.stale == ()
+    assert list(branch_rows(pair[1])) == []
+
+
+@pytest.mark.parametrize(("positions", "lengths"), [([3], [1]), ([-1], [1]), ([0, 1], [2, 0])])
+def test_branches_that_cannot_be_are_refused(
+    pair: list[GuidedTrajectory], positions: list[int], lengths: list[int]
+) -> None:
+    with pytest.raises(DataError, match=r"trajectory b: branches at .* each should leave it within its 3 tokens and"):
+        list(branch_rows(branched(pair[1], positions, lengths)))

@@ -161,6 +161,10 @@ def test_sequences_longer_than_the_positions(model: Path, num_new: int, student_
     found = problems(config_of(model, rollout={"max_new_tokens": num_new}, near_future={"window": 1}))
     assert found == ([of_teacher] if student_fits else [of_student, of_teacher])
     check_inputs(config_of(model, rollout={"max_new_tokens": 462}, near_future={"window": 1}))
+    beside = problems(
+        config_of(model, rollout={"max_new_tokens": 463}, near_future={"window": 1, "guidance_context": "teacher"})
+    )
+    assert [line.rpartition("the ")[2] for line in beside] == ["student's 512 positions", "teacher's 512 positions"]
 
 
 @pytest.mark.parametrize(

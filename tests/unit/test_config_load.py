@@ -144,6 +144,23 @@ def test_one_problem(minimal: Path, override: str, line: str) -> None:
             ["objective.kl_discount=0.5", "objective.divergence=sampled_pg", "pipeline.max_staleness=2"],
             "objective.kl_discount, pipeline.max_staleness: found kl_discount 0.5 with max_staleness 2; right would be",
         ),
+        (
+            ["near_future.guidance_context=teacher", "learner.max_tokens_per_micro_batch=8849"],
+            "found 8849 tokens of one forward pass for prefixes of up to 8800 with windows of 50 of their own; right "
+            "would be at least 8850, or one_trajectory",
+        ),
+        (
+            ["near_future.guidance_context=teacher", "pipeline.max_staleness=1"],
+            "near_future.guidance_context, pipeline.max_staleness, objective.importance_horizon: found teacher with",
+        ),
+        (
+            ["near_future.student_window=resample", "run.deterministic=true", "teacher.num_workers=2"],
+            "teacher.num_workers, rollout.num_workers: found resample with 2 teachers for 1 rollout workers",
+        ),
+        (
+            ["near_future.student_window=resample", "pipeline.max_staleness=1"],
+            "near_future.student_window, pipeline.max_staleness: found resample with max_staleness 1, where the policy",
+        ),
         (["learner.offload_optimizer=true", "learner.zero_stage=0"], "right would be zero_stage 1, 2 or 3"),
         (
             ["learner.loss_kernel=triton", "resources.gpus_per_learner=0"],
@@ -188,6 +205,8 @@ def test_what_just_fits_is_taken(minimal: Path) -> None:
     )
     assert config.resources.gpus_per_teacher == 2.0
     load_config(minimal, ["rollout.tensor_parallel_size=2", "resources.gpus_per_rollout=0"])
+    beside = ["near_future.guidance_context=teacher", "learner.max_tokens_per_micro_batch=8850"]
+    load_config(minimal, [*beside, "pipeline.max_staleness=1", "objective.importance_horizon=0"])
 
 
 def test_the_smallest_object_store_is_rays() -> None:

@@ -30,6 +30,7 @@ from topd_ray.actors.events import (
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
 from topd_ray.actors.nodes import check_nodes
 from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve
+from topd_ray.actors.rollout import RemoteStudent
 from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import EvaluationConfig, TopdConfig
@@ -131,7 +132,15 @@ class RayFleet:
 
     def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
         slot = self._teachers[teacher]
-        self._calls.add("guide", slot, slot.actor.look_ahead.remote(chunks, threshold), sources=tuple(chunks))
+        student = {"student": self._student_of(teacher)} if self._config.resamples else {}
+        future = slot.actor.look_ahead.remote(chunks, threshold, **student)
+        self._calls.add("guide", slot, future, sources=tuple(chunks))
+
+    def _student_of(self, teacher: int) -> RemoteStudent | None:
+        """The rollout worker that continues prefixes for a teacher: its own, or while that is not there, another."""
+        turn = teacher % len(self._rollouts)
+        present = [slot for slot in self._rollouts[turn:] + self._rollouts[:turn] if slot.version is not None]
+        return RemoteStudent(present[0].actor) if present else None
 
     def learn(self, items: Sequence[GuidedItem]) -> None:
         shares = balance_ranks(items, len(self._learners))

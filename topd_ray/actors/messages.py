@@ -31,7 +31,7 @@ class GuidedItem:
     num_tokens: int
     """response tokens"""
     num_sequence_tokens: int
-    """tokens of prompt and response"""
+    """tokens of prompt and response, and those of the branches with their prefixes"""
     num_guided: float
     """(window, position) pairs the teacher guides"""
     num_bytes: int

@@ -23,6 +23,7 @@ def rollout_part(config: TopdConfig) -> dict[str, Any]:
         "weights": config.weights,
         "evaluation": config.evaluation,
         "max_prompt_tokens": config.data.max_prompt_tokens,
+        "window": config.near_future.window if config.resamples else 0,
         "threads": threads(config, "rollout"),
         "seed": config.run.seed,
     }

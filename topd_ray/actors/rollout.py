@@ -1,9 +1,12 @@
 """The rollout worker: a student engine that writes trajectories and takes new weights."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
+from ray.exceptions import RayActorError
 
 from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.actors.serving import RolloutServer
@@ -12,10 +15,12 @@ from topd_ray.actors.teacher import put_guided
 from topd_ray.config.schema import EvaluationConfig, RolloutConfig, StudentConfig, WeightsConfig
 from topd_ray.data.arrow import trajectories_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
+from topd_ray.errors import PayloadLostError
 from topd_ray.evaluation.answers import graded_answers
 from topd_ray.types import (
     Completions,
     GuidedTrajectory,
+    Int32,
     Metric,
     Prompt,
     RolloutRequest,
@@ -26,6 +31,23 @@ from topd_ray.types import (
 from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
 from topd_ray.weights.choice import open_channel
+
+
+class RemoteStudent:
+    """A rollout worker in an actor of its own, as a teacher worker needs it to have prefixes continued."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def continue_prefixes(
+        self, prefixes: Sequence[Sequence[int]], num_tokens: int, *, seeds: Sequence[int]
+    ) -> list[Int32]:
+        """See `RolloutWorker`. Raises PayloadLostError if the actor is gone: its trajectories are then drawn anew."""
+        try:
+            continued: list[Int32] = ray.get(self._actor.continue_prefixes.remote(prefixes, num_tokens, seeds=seeds))
+        except RayActorError as error:
+            raise PayloadLostError(f"the rollout worker that should continue prefixes is gone: {error}") from error
+        return continued
 
 
 class RolloutWorker:
@@ -46,12 +68,15 @@ class RolloutWorker:
         threads: int,
         seed: int,
         store: Store,
+        window: int = 0,
     ) -> None:
+        """`window`: how many tokens `continue_prefixes` adds to a prefix of the longest trajectory."""
         self._store = store
         self._student = student
         self._rollout = rollout
         self._channel = open_channel(weights, store)
         self._max_prompt_tokens = max_prompt_tokens
+        self._written_tokens = rollout.max_new_tokens + window
         self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
         self._threads = threads
         self._seed = seed
@@ -65,7 +90,7 @@ class RolloutWorker:
             self._student,
             self._rollout,
             max_prompt_tokens=self._max_prompt_tokens,
-            max_new_tokens=max(self._rollout.max_new_tokens, self._answer_tokens),
+            max_new_tokens=max(self._written_tokens, self._answer_tokens),
             threads=self._threads,
             seed=self._seed,
         )
@@ -117,6 +142,13 @@ class RolloutWorker:
                 max_new_tokens=self._answer_tokens,
                 seed=seed,
             )
+
+    def continue_prefixes(
+        self, prefixes: Sequence[Sequence[int]], num_tokens: int, *, seeds: Sequence[int]
+    ) -> list[Int32]:
+        """What the policy that is served writes after each prefix (`RolloutEngine.continue_prefixes`)."""
+        with self._server.turn():
+            return self._engine.continue_prefixes(prefixes, num_tokens, seeds=seeds)
 
     def own_teacher(self, requests: Sequence[RolloutRequest], top_k: int | str) -> list[GuidedItem]:
         """Trajectories scored by the student itself, for the pre-flight: distilling them must change nothing."""

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,9 +11,13 @@ from topd_ray.actors.store import Store
 from topd_ray.config.schema import EvaluationConfig, NearFutureConfig, ObjectiveConfig, StudentConfig, TeacherConfig
 from topd_ray.data.arrow import batch_to_trajectories, guided_to_batch
 from topd_ray.data.tokenizer import load_tokenizer
+from topd_ray.errors import PayloadLostError
 from topd_ray.evaluation.answers import graded_answers
 from topd_ray.grouping import runs_within
 from topd_ray.types import Completions, GuidedTrajectory, Metric, Prompt
+
+if TYPE_CHECKING:
+    from topd_ray.engines.look_ahead import Student
 
 MAX_SHARED_BYTES = 1024**2
 """Guided trajectories that share an object of the store; the learner ranks fetch whole objects."""
@@ -66,15 +71,22 @@ class TeacherWorker:
         embedding_VD = read_embedding(self._embedding_owner, len(self._tokenizer))
         self._look_ahead = LookAhead(self._near_future, self._objective, embedding_VD, self._engine, self._seed)
 
-    def look_ahead(self, chunks: Sequence[RolloutChunk], threshold: float) -> GuidedChunk:
+    def look_ahead(
+        self, chunks: Sequence[RolloutChunk], threshold: float, student: "Student | None" = None
+    ) -> GuidedChunk:
         """Guide the trajectories of `chunks`; windows whose distance is above `threshold` count as divergent.
 
-        The chunks' own metrics come along with the teacher's.
+        The chunks' own metrics come along with the teacher's. `student` draws the student's windows where they are
+        resampled. Raises PayloadLostError if it is gone then, or was not there.
         """
         batches = self._store.get([chunk.handle for chunk in chunks])
         trajectories = [trajectory for batch in batches for trajectory in batch_to_trajectories(batch)]
         with self._engine_lock:
             pending = self._look_ahead.ask(trajectories)
+        if self._objective.looks_ahead and self._near_future.student_window == "resample":
+            if student is None:
+                raise PayloadLostError("no rollout worker is there to continue the prefixes of trajectories")
+            pending = self._look_ahead.resample(pending, student)
         guided = self._look_ahead.fold(pending, threshold)
         return GuidedChunk(
             items=tuple(put_guided(guided, self._store)),
@@ -119,8 +131,10 @@ def put_guided(guided: Sequence[GuidedTrajectory], store: Store) -> Iterator[Gui
                 trajectory_id=one.trajectory.trajectory_id,
                 policy_version=one.trajectory.policy_version,
                 num_tokens=one.trajectory.num_response_tokens,
-                num_sequence_tokens=len(one.trajectory.prompt_ids) + one.trajectory.num_response_tokens,
-                num_guided=one.targets.num_guided,
+                num_sequence_tokens=len(one.trajectory.prompt_ids)
+                + one.trajectory.num_response_tokens
+                + one.num_branch_tokens,
+                num_guided=one.num_guided,
                 num_bytes=one.num_bytes,
                 distances=tuple(one.windows.distances.tolist()),
             )

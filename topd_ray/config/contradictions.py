@@ -31,6 +31,7 @@ def contradictions(config: "TopdConfig") -> Iterator[Contradiction]:
     yield from _of_batch(config)
     yield from _of_pipeline(config)
     yield from _of_objective(config)
+    yield from _of_branches(config)
     yield from _of_learner(config)
     yield from _of_evaluation(config)
     yield from _of_engines(config)
@@ -53,6 +54,13 @@ def _of_batch(config: "TopdConfig") -> Iterator[Contradiction]:
             text=f"found {budget} tokens of one forward pass for trajectories of up to "
             f"{config.data.max_prompt_tokens} + {config.rollout.max_new_tokens}; right would be at least {longest}, "
             "or one_trajectory",
+        )
+    elif budget != "one_trajectory" and config.near_future.branches and budget < longest + config.near_future.window:
+        yield Contradiction(
+            keys=("learner.max_tokens_per_micro_batch", "near_future.window"),
+            text=f"found {budget} tokens of one forward pass for prefixes of up to {longest} with windows of "
+            f"{config.near_future.window} of their own; right would be at least "
+            f"{longest + config.near_future.window}, or one_trajectory",
         )
 
 
@@ -98,6 +106,32 @@ def _of_objective(config: "TopdConfig") -> Iterator[Contradiction]:
             keys=("objective.divergence", "rollout.top_p"),
             text=f"found sampled_pg with top_p {config.rollout.top_p}; right would be top_p 1: "
             "its importance weights are of the whole policy",
+        )
+
+
+def _of_branches(config: "TopdConfig") -> Iterator[Contradiction]:
+    """Of guidance beside the trajectory."""
+    num_teachers, num_rollouts = config.teacher.num_workers, config.rollout.num_workers
+    if config.resamples and config.run.deterministic and num_teachers > num_rollouts:
+        yield Contradiction(
+            keys=("near_future.student_window", "run.deterministic", "teacher.num_workers", "rollout.num_workers"),
+            text=f"found resample with {num_teachers} teachers for {num_rollouts} rollout workers, which then serve in "
+            "the order they are asked; right would be a rollout worker for each teacher, or deterministic false",
+        )
+    staleness = config.pipeline.max_staleness
+    if staleness == 0:
+        return
+    if config.near_future.student_window == "resample":
+        yield Contradiction(
+            keys=("near_future.student_window", "pipeline.max_staleness"),
+            text=f"found resample with max_staleness {staleness}, where the policy that wrote a trajectory may be gone "
+            "by the time it should continue it; right would be max_staleness 0, or reuse",
+        )
+    elif config.near_future.branches and config.objective.importance_horizon > 0:
+        yield Contradiction(
+            keys=("near_future.guidance_context", "pipeline.max_staleness", "objective.importance_horizon"),
+            text=f"found teacher with max_staleness {staleness} and importance weights, which are not known beside the "
+            "trajectory; right would be max_staleness 0, importance_horizon 0, or student",
         )
 
 

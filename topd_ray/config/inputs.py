@@ -113,17 +113,17 @@ def _lengths(config: TopdConfig, student: ModelFacts, teacher: ModelFacts) -> It
     answer = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
     wanted = config.data.max_prompt_tokens + answer + 1
     terms = f"data.max_prompt_tokens {config.data.max_prompt_tokens} + longest response {answer} + 1"
-    if student.max_positions is not None and wanted > student.max_positions:
-        yield (
-            f"rollout.max_new_tokens: found {terms} = {wanted} tokens, right would be at most the student's "
-            f"{student.max_positions} positions"
-        )
-    ahead = config.near_future.window
-    if teacher.max_positions is not None and wanted + ahead > teacher.max_positions:
-        yield (
-            f"rollout.max_new_tokens: found {terms} + near_future.window {ahead} = {wanted + ahead} tokens, right "
-            f"would be at most the teacher's {teacher.max_positions} positions"
-        )
+    window = config.near_future.window
+    for role, facts, ahead in (
+        ("student", student, window if config.near_future.branches else 0),
+        ("teacher", teacher, window),
+    ):
+        if facts.max_positions is not None and wanted + ahead > facts.max_positions:
+            with_window = f" + near_future.window {ahead}" if ahead else ""
+            yield (
+                f"rollout.max_new_tokens: found {terms}{with_window} = {wanted + ahead} tokens, right would be at most "
+                f"the {role}'s {facts.max_positions} positions"
+            )
 
 
 def _data(key: str, source: str) -> Iterator[str]:

@@ -160,6 +160,14 @@ class NearFutureConfig(Section):
     """Length K of the near future (tokens)."""
     teacher_decoding: Literal["greedy", "sample"] = "greedy"
     """How the teacher continues a prefix."""
+    student_window: Literal["reuse", "resample"] = "reuse"
+    """The student's near future: `reuse` the rollout's own next tokens, or have the student continue the prefix anew.
+    Guidance then lies on the new tokens, after that prefix: the learner forwards every fork with its prefix, one by
+    one, which costs a multiple of the update. Only synchronous (`pipeline.max_staleness` 0)."""
+    guidance_context: Literal["student", "teacher"] = "student"
+    """Whose window stands before a guided position. `teacher`: the student learns the teacher's window by plain
+    cross-entropy after the prefix and the teacher's own tokens, in place of the transported targets on its own. It
+    costs what `student_window: resample` costs."""
     embedding: Literal["teacher", "student"] = "teacher"
     """Whose input embeddings give the ground cost 1 - cosine."""
     transport: Literal["exact", "entropic"] = "exact"
@@ -174,6 +182,11 @@ class NearFutureConfig(Section):
     """Candidates below this quantile of the recent transport distances are false alarms and guide nothing."""
     quantile_window: PositiveInt = 4096
     """How many of the latest distances the running quantile looks back on."""
+
+    @property
+    def branches(self) -> bool:
+        """Whether guidance lies beside the trajectory, on tokens that are not the rollout's."""
+        return self.student_window == "resample" or self.guidance_context == "teacher"
 
 
 class ObjectiveConfig(Section):
@@ -391,6 +404,11 @@ class TopdConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     resources: ResourcesConfig = ResourcesConfig()
     studies: StudiesConfig = StudiesConfig()
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the student continues prefixes anew."""
+        return self.objective.looks_ahead and self.near_future.student_window == "resample"
 
     @property
     def batch_size(self) -> int:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
 from topd_ray.errors import DataError
-from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
+from topd_ray.types import Branches, GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
 VERSION_KEY = b"topd_ray.schema"
 _IDS = pa.large_list(pa.field("item", pa.int32(), nullable=False))
@@ -48,6 +48,13 @@ _GUIDED_COLUMNS: dict[str, pa.DataType] = {
     "window_divergent": _FLAGS,
     "window_teacher_indptr": _POINTERS,
     "window_teacher_ids": _IDS,
+    "branch_positions": _IDS,
+    "branch_indptr": _POINTERS,
+    "branch_ids": _IDS,
+    "branch_target_indptr": _POINTERS,
+    "branch_target_ids": _IDS,
+    "branch_target_weights": _FLOATS,
+    "branch_target_entropy": _FLOATS,
 }
 
 
@@ -58,7 +65,7 @@ def _schema(name: str, columns: dict[str, pa.DataType]) -> pa.Schema:
 
 
 TRAJECTORY_SCHEMA = _schema("trajectory/1", _TRAJECTORY_COLUMNS)
-GUIDED_SCHEMA = _schema("guided_trajectory/1", _GUIDED_COLUMNS)
+GUIDED_SCHEMA = _schema("guided_trajectory/2", _GUIDED_COLUMNS)
 
 
 def trajectories_to_batch(trajectories: Sequence[Trajectory]) -> pa.RecordBatch:
@@ -82,19 +89,24 @@ def batch_to_guided(batch: pa.RecordBatch) -> list[GuidedTrajectory]:
 
 
 def _guided_cells(guided: GuidedTrajectory) -> dict[str, Any]:
-    scores, targets, windows = guided.scores, guided.targets, guided.windows
+    scores, targets, windows, branches = guided.scores, guided.targets, guided.windows, guided.branches
     num_tokens, num_windows = guided.trajectory.num_response_tokens, len(windows.positions)
     top_k = scores.topk_ids.shape[1] if scores.topk_ids.ndim == 2 else 0
     _check_shape("topk_ids", scores.topk_ids, (num_tokens, top_k))
     _check_shape("topk_logprobs", scores.topk_logprobs, (num_tokens, top_k))
     _check_shape("sampled_logprobs", scores.sampled_logprobs, (num_tokens,))
-    _check_shape("targets.indptr", targets.indptr, (num_tokens + 1,))
-    _check_shape("targets.entropy", targets.entropy, (num_tokens,))
-    _check_shape("targets.weights", targets.weights, (len(targets.token_ids),))
+    for name, part, length in (
+        ("targets", targets, num_tokens),
+        ("branches.targets", branches.targets, len(branches.token_ids)),
+    ):
+        _check_shape(f"{name}.indptr", part.indptr, (length + 1,))
+        _check_shape(f"{name}.entropy", part.entropy, (length,))
+        _check_shape(f"{name}.weights", part.weights, (len(part.token_ids),))
     _check_shape("capped", guided.capped, (num_tokens,))
     _check_shape("windows.distances", windows.distances, (num_windows,))
     _check_shape("windows.divergent", windows.divergent, (num_windows,))
     _check_shape("windows.teacher_indptr", windows.teacher_indptr, (num_windows + 1,))
+    _check_shape("branches.indptr", branches.indptr, (len(branches.positions) + 1,))
     return {
         **_trajectory_cells(guided.trajectory),
         "top_k": top_k,
@@ -111,6 +123,13 @@ def _guided_cells(guided: GuidedTrajectory) -> dict[str, Any]:
         "window_divergent": windows.divergent,
         "window_teacher_indptr": windows.teacher_indptr,
         "window_teacher_ids": windows.teacher_ids,
+        "branch_positions": branches.positions,
+        "branch_indptr": branches.indptr,
+        "branch_ids": branches.token_ids,
+        "branch_target_indptr": branches.targets.indptr,
+        "branch_target_ids": branches.targets.token_ids,
+        "branch_target_weights": branches.targets.weights,
+        "branch_target_entropy": branches.targets.entropy,
     }
 
 
@@ -136,6 +155,17 @@ def _guided(cells: dict[str, Any]) -> GuidedTrajectory:
             divergent=cells["window_divergent"].view(np.bool_),
             teacher_indptr=cells["window_teacher_indptr"],
             teacher_ids=cells["window_teacher_ids"],
+        ),
+        branches=Branches(
+            positions=cells["branch_positions"],
+            indptr=cells["branch_indptr"],
+            token_ids=cells["branch_ids"],
+            targets=SparseTargets(
+                indptr=cells["branch_target_indptr"],
+                token_ids=cells["branch_target_ids"],
+                weights=cells["branch_target_weights"],
+                entropy=cells["branch_target_entropy"],
+            ),
         ),
     )
 

@@ -4,8 +4,9 @@ Axes: P positions of all trajectories of the micro-batch one after the other, N 
 tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from topd_ray.engines.attention import Segments
 from topd_ray.errors import DataError
 from topd_ray.objective.loss import LossBatch
+from topd_ray.objective.targets import split_targets
 from topd_ray.types import GuidedTrajectory, SparseTargets, TeacherScores, Trajectory, Windows
 
 
@@ -43,6 +45,8 @@ class MicroBatch:
     """which of the trajectories an older policy wrote than the one that learns"""
     weight: float = 1.0
     """1, or 0 for a stand-in that only keeps the ranks in step"""
+    is_of_branches: bool = False
+    """whether only the guidance counts: the teacher has not scored these tokens"""
 
 
 def num_positions(trajectory: Trajectory) -> int:
@@ -76,11 +80,17 @@ def collate_tokens(trajectories: Sequence[Trajectory], device: torch.device) -> 
 
 
 def collate(
-    guided: Sequence[GuidedTrajectory], device: torch.device, *, policy_version: int = 0, weight: float = 1.0
+    guided: Sequence[GuidedTrajectory],
+    device: torch.device,
+    *,
+    policy_version: int = 0,
+    weight: float = 1.0,
+    is_of_branches: bool = False,
 ) -> MicroBatch:
     """Lay the response tokens of all trajectories one after the other, with what the teacher says about each.
 
-    Trajectories of a version before `policy_version` are stale.
+    Trajectories of a version before `policy_version` are stale. Branches (`branch_rows`) never are: the importance
+    weight of their prefix is not at hand.
     Raises DataError where the parts of a trajectory differ in length, or the trajectories in their number of teacher
     tokens.
     """
@@ -91,8 +101,11 @@ def collate(
     segments = np.repeat(np.arange(len(guided)), tokens.num_response_tokens)
     return MicroBatch(
         tokens=tokens,
-        stale=tuple(i for i, one in enumerate(guided) if one.trajectory.policy_version < policy_version),
+        stale=()
+        if is_of_branches
+        else tuple(i for i, one in enumerate(guided) if one.trajectory.policy_version < policy_version),
         weight=weight,
+        is_of_branches=is_of_branches,
         loss=LossBatch(
             sampled_ids=tokens.sampled_ids_N,
             teacher_topk_ids=_joined([one.topk_ids for one in scores], np.int64, device),
@@ -107,6 +120,45 @@ def collate(
             target_entropy=_joined([one.entropy for one in targets], np.float32, device),
         ),
     )
+
+
+def branch_rows(guided: GuidedTrajectory) -> Iterator[GuidedTrajectory]:
+    """Each branch as if it were a trajectory: its prefix is the prompt, its own tokens are the response.
+
+    Nothing is scored there: there are no top tokens, and the log-probs of sampled ones are stand-ins, for a micro-batch
+    that `is_of_branches`. Raises DataError where a branch lies outside of the response, or has no token.
+    """
+    trajectory, branches = guided.trajectory, guided.branches
+    if not len(branches.positions):
+        return
+    lengths = np.diff(branches.indptr)
+    if not ((branches.positions >= 0) & (branches.positions < trajectory.num_response_tokens) & (lengths > 0)).all():
+        raise DataError(
+            f"trajectory {trajectory.trajectory_id}: branches at {branches.positions.tolist()} of {lengths.tolist()} "
+            f"tokens, and each should leave it within its {trajectory.num_response_tokens} tokens and have at least one"
+        )
+    parts = split_targets(branches.targets, lengths.tolist())
+    for position, (start, end), targets in zip(
+        branches.positions.tolist(), pairwise(branches.indptr.tolist()), parts, strict=True
+    ):
+        num_tokens = end - start
+        unknown = np.full(num_tokens, np.log(0.5), np.float32)
+        yield GuidedTrajectory(
+            trajectory=replace(
+                trajectory,
+                prompt_ids=np.concatenate([trajectory.prompt_ids, trajectory.response_ids[:position]]),
+                response_ids=branches.token_ids[start:end],
+                behaviour_logprobs=unknown,
+            ),
+            scores=TeacherScores(
+                topk_ids=np.zeros((num_tokens, 0), np.int32),
+                topk_logprobs=np.zeros((num_tokens, 0), np.float32),
+                sampled_logprobs=unknown,
+            ),
+            targets=targets,
+            capped=np.zeros(num_tokens, np.bool_),
+            windows=Windows.empty(),
+        )
 
 
 def stand_in() -> GuidedTrajectory:

@@ -7,8 +7,9 @@ loss is divided by the totals of the whole batch, and DeepSpeed's own averaging 
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ from topd_ray.config.schema import LearnerConfig, ObjectiveConfig, StudentConfig
 from topd_ray.data.tokenizer import read_vocabulary
 from topd_ray.engines.collate import (
     MicroBatch,
+    branch_rows,
     collate,
     collate_tokens,
     num_positions,
@@ -128,13 +130,13 @@ class LearnerEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.train()
-        parts = self._parts([one.trajectory for one in trajectories])
-        if not parts:
+        makers = self._micro_batches(trajectories)
+        if not makers:
             raise LearnerError("no rank has a trajectory to learn from")
         tally = Tally(self._world_size)
-        for index, part in enumerate(parts):
-            micro_batch = self._collate(trajectories, part)
-            self._engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
+        for index, make in enumerate(makers):
+            micro_batch = make()
+            self._engine.set_gradient_accumulation_boundary(index == len(makers) - 1)
             loss, metrics = self._engine(micro_batch, totals)
             self._failure = f"update {self._policy_version + 1} broke off"
             self._engine.backward(loss * (self._world_size * micro_batch.weight), scale_wrt_gas=False)
@@ -162,8 +164,8 @@ class LearnerEngine:
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         with torch.no_grad():
-            for part in self._parts([one.trajectory for one in trajectories]):
-                micro_batch = self._collate(trajectories, part)
+            for make in self._micro_batches(trajectories):
+                micro_batch = make()
                 loss, _ = self._engine(micro_batch, totals)
                 total += loss.double() * micro_batch.weight
         if self._world_size > 1:
@@ -256,16 +258,39 @@ class LearnerEngine:
 
     def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         """Indices of each micro-batch; ranks with fewer get empty ones, since every pass is collective."""
-        parts = pack([num_positions(one) for one in trajectories], self._learner.micro_batch_budget)
-        most = torch.tensor(len(parts), device=self._device)
+        return self._parts_of([trajectories])[0]
+
+    def _parts_of(self, groups: Sequence[Sequence[Trajectory]]) -> list[list[list[int]]]:
+        """`_parts` of several groups that are not to be mixed."""
+        parts = [self._pack(group) for group in groups]
+        most = torch.tensor([len(part) for part in parts], device=self._device)
         if self._world_size > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return parts + [[] for _ in range(int(most) - len(parts))]
+        return [part + [[] for _ in range(count - len(part))] for part, count in zip(parts, most.tolist(), strict=True)]
 
-    def _collate(self, trajectories: Sequence[GuidedTrajectory], part: Sequence[int]) -> MicroBatch:
+    def _pack(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        return pack([num_positions(one) for one in trajectories], self._learner.micro_batch_budget)
+
+    def _micro_batches(self, trajectories: Sequence[GuidedTrajectory]) -> list[Callable[[], MicroBatch]]:
+        """What makes each micro-batch of an update: those of the trajectories, then those of their branches."""
+        branches = [row for one in trajectories for row in branch_rows(one)]
+        parts, branch_parts = self._parts_of([[one.trajectory for one in group] for group in (trajectories, branches)])
+        return [
+            *(partial(self._collate, trajectories, part) for part in parts),
+            *(partial(self._collate, branches, part, is_of_branches=True) for part in branch_parts),
+        ]
+
+    def _collate(
+        self, trajectories: Sequence[GuidedTrajectory], part: Sequence[int], *, is_of_branches: bool = False
+    ) -> MicroBatch:
         if not part:
             return collate([stand_in()], self._device, weight=0.0)
-        return collate([trajectories[index] for index in part], self._device, policy_version=self._policy_version)
+        return collate(
+            [trajectories[index] for index in part],
+            self._device,
+            policy_version=self._policy_version,
+            is_of_branches=is_of_branches,
+        )
 
     def _refuse_non_finite_loss(self, tally: "Tally") -> None:
         losses = torch.stack(tally.losses)

@@ -48,7 +48,7 @@ class Tally:
         self._num_computed += len(tokens.input_ids_P)
         if micro_batch.weight > 0.0:
             self._figures.append(figures)
-            self._num_tokens += len(tokens.sampled_ids_N)
+            self._num_tokens += 0 if micro_batch.is_of_branches else len(tokens.sampled_ids_N)
             self._num_positions += len(tokens.input_ids_P)
 
     def metrics(self) -> list[Metric]:

@@ -5,7 +5,9 @@ side, S student and T teacher tokens (see transport.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +19,25 @@ from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.grouping import runs_within
 from topd_ray.objective.candidates import random_candidates, select_candidates, token_loss
 from topd_ray.objective.targets import cap_mask, classify, fold_windows, identity_plans, split_targets
-from topd_ray.objective.transport import TransportResult, ground_cost, pad_windows, solve_windows, unit_embeddings
-from topd_ray.types import Float32, GuidedTrajectory, Int32, Int64, TeacherScores, Trajectory, Windows
+from topd_ray.objective.transport import (
+    TransportResult,
+    Values,
+    ground_cost,
+    pad_windows,
+    solve_windows,
+    unit_embeddings,
+)
+from topd_ray.types import (
+    Branches,
+    Float32,
+    GuidedTrajectory,
+    Int32,
+    Int64,
+    SparseTargets,
+    TeacherScores,
+    Trajectory,
+    Windows,
+)
 
 # Entries of the costs of all windows that are solved together, in float64 16 MB: 838 windows of 50 x 50.
 LARGEST_GROUP = 2**21
@@ -34,6 +53,34 @@ class Asked:
     """[M], ascending"""
     continuations: tuple[Int32, ...]
     """M teacher windows"""
+    student_windows: tuple[Int32, ...]
+    """M student windows: the response's own tokens, or what `LookAhead.resample` has put in their place"""
+
+
+class Student(Protocol):
+    """Whoever goes on as the policy that wrote the trajectories would."""
+
+    def continue_prefixes(
+        self, prefixes: Sequence[Sequence[int]], num_tokens: int, *, seeds: Sequence[int]
+    ) -> list[Int32]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Guiding:
+    """The windows that guide, of several trajectories one after the other, padded to S = T = K tokens."""
+
+    plan_MST: Values
+    context_ids_MS: Int64
+    """the tokens at whose positions, and after which, the student learns"""
+    teacher_ids_MT: Int64
+    context_lengths_M: Int64
+    teacher_lengths_M: Int64
+
+    def fold(self, starts_M: Int64, num_tokens: int) -> SparseTargets:
+        """Targets of `num_tokens` positions, the windows lying at `starts_M`."""
+        return fold_windows(
+            self.plan_MST, self.teacher_ids_MT, starts_M, num_tokens, self.context_lengths_M, self.teacher_lengths_M
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,9 +90,23 @@ class Compared:
     cost_MST: torch.Tensor
     """ground cost, see transport.py"""
     solved: TransportResult
+    student_ids_MS: Int64
     teacher_ids_MT: Int64
     student_lengths_M: Int64
     teacher_lengths_M: Int64
+
+
+def candidate_prefixes(
+    trajectories: Sequence[Trajectory], positions: Sequence[Int32], seed: int, drawn: str
+) -> tuple[list[list[int]], list[int]]:
+    """What stands before each of a trajectory's `positions`, in order, and a seed for each of what is `drawn` there."""
+    prefixes, seeds = [], []
+    for trajectory, positions_M in zip(trajectories, positions, strict=True):
+        ids = [*trajectory.prompt_ids.tolist(), *trajectory.response_ids.tolist()]
+        for position in positions_M.tolist():
+            prefixes.append(ids[: len(trajectory.prompt_ids) + position])
+            seeds.append(stable_seed(seed, drawn, trajectory.trajectory_id, position))
+    return prefixes, seeds
 
 
 def continue_candidates(
@@ -56,12 +117,7 @@ def continue_candidates(
     seed: int,
 ) -> list[list[Int32]]:
     """The teacher's windows from each of a trajectory's `positions`, trajectory by trajectory, all in one go."""
-    prefixes, seeds = [], []
-    for trajectory, positions_M in zip(trajectories, positions, strict=True):
-        ids = [*trajectory.prompt_ids.tolist(), *trajectory.response_ids.tolist()]
-        for position in positions_M.tolist():
-            prefixes.append(ids[: len(trajectory.prompt_ids) + position])
-            seeds.append(stable_seed(seed, "window", trajectory.trajectory_id, position))
+    prefixes, seeds = candidate_prefixes(trajectories, positions, seed, "window")
     if not prefixes:
         return [[] for _ in positions]
     windows = iter(engine.continue_prefixes(prefixes, config.window, decoding=config.teacher_decoding, seeds=seeds))
@@ -84,6 +140,7 @@ def compare_windows(
     return Compared(
         cost_MST=cost,
         solved=solved,
+        student_ids_MS=student_ids,
         teacher_ids_MT=teacher_ids,
         student_lengths_M=student_lengths,
         teacher_lengths_M=teacher_lengths,
@@ -117,12 +174,28 @@ class LookAhead:
         scores = self._engine.score([(one.prompt_ids, one.response_ids) for one in trajectories])
         positions = [self._candidates(*pair) for pair in zip(trajectories, scores, strict=True)]
         continuations = continue_candidates(self._engine, self._config, trajectories, positions, self._seed)
+        width = self._config.window
         return [
-            Asked(trajectory=trajectory, scores=score, positions=positions_M, continuations=tuple(windows))
+            Asked(
+                trajectory=trajectory,
+                scores=score,
+                positions=positions_M,
+                continuations=tuple(windows),
+                student_windows=tuple(trajectory.response_ids[at : at + width] for at in positions_M.tolist()),
+            )
             for trajectory, score, positions_M, windows in zip(
                 trajectories, scores, positions, continuations, strict=True
             )
         ]
+
+    def resample(self, pending: Sequence[Asked], student: Student) -> list[Asked]:
+        """The same with student windows that `student` draws anew after each candidate's prefix."""
+        trajectories, positions = [one.trajectory for one in pending], [one.positions for one in pending]
+        prefixes, seeds = candidate_prefixes(trajectories, positions, self._seed, "student window")
+        if not prefixes:
+            return list(pending)
+        drawn = iter(student.continue_prefixes(prefixes, self._config.window, seeds=seeds))
+        return [replace(one, student_windows=tuple(next(drawn) for _ in one.positions)) for one in pending]
 
     def fold(self, pending: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
         """Compare the futures; fold those further apart than `threshold` into targets."""
@@ -140,43 +213,22 @@ class LookAhead:
         return select_candidates(losses_T, fraction, min_distance)
 
     def _fold_group(self, group: Sequence[Asked], threshold: float) -> list[GuidedTrajectory]:
-        num_tokens = [asked.trajectory.num_response_tokens for asked in group]
-        offsets = np.cumsum([0, *num_tokens])
         compared = compare_windows(
-            [
-                asked.trajectory.response_ids[position : position + self._config.window]
-                for asked in group
-                for position in asked.positions.tolist()
-            ],
+            [ids for asked in group for ids in asked.student_windows],
             [ids for asked in group for ids in asked.continuations],
             self._embedding_VD_unit,
             self._config,
         )
         distances = compared.solved.distance_M.numpy().astype(np.float32)
         divergent = classify(distances, threshold)
-        # A trajectory's windows start at its own offset in the responses laid end to end.
-        starts = np.concatenate([asked.positions + offset for asked, offset in zip(group, offsets[:-1], strict=True)])
         guides = divergent if self._objective.method == "topd" else np.zeros_like(divergent)
-        plan, student_lengths, teacher_lengths = (
-            compared.solved.plan_MST.numpy()[guides],
-            compared.student_lengths_M[guides],
-            compared.teacher_lengths_M[guides],
-        )
-        if self._config.plan == "identity":
-            plan, student_lengths = identity_plans(student_lengths, teacher_lengths, self._config.window)
-            teacher_lengths = student_lengths
-        targets = fold_windows(
-            plan,
-            compared.teacher_ids_MT[guides],
-            starts[guides],
-            int(offsets[-1]),
-            student_lengths,
-            teacher_lengths,
-        )
+        guiding = self._guiding(compared, guides)
         ends = np.cumsum([len(asked.positions) for asked in group])[:-1]
+        guides_of = np.split(guides, ends)
         parts = zip(
             group,
-            split_targets(targets, num_tokens),
+            _targets_along(group, guides_of, None if self._config.branches else guiding),
+            _branches(group, guides_of, guiding) if self._config.branches else [Branches.empty() for _ in group],
             np.split(distances, ends),
             np.split(divergent, ends),
             strict=True,
@@ -188,9 +240,28 @@ class LookAhead:
                 targets=own_targets,
                 capped=self._capped(asked, distances_M, threshold),
                 windows=_diagnostics(asked, distances_M, divergent_M),
+                branches=own_branches,
             )
-            for asked, own_targets, distances_M, divergent_M in parts
+            for asked, own_targets, own_branches, distances_M, divergent_M in parts
         ]
+
+    def _guiding(self, compared: Compared, guides_M: NDArray[np.bool_]) -> Guiding:
+        """What the windows that guide teach, by the plan and in the context that the config asks for."""
+        plan_MST = compared.solved.plan_MST.numpy()[guides_M]
+        teacher_ids_MT, teacher_lengths_M = compared.teacher_ids_MT[guides_M], compared.teacher_lengths_M[guides_M]
+        context_ids_MS, context_lengths_M = compared.student_ids_MS[guides_M], compared.student_lengths_M[guides_M]
+        if self._config.guidance_context == "teacher":
+            context_ids_MS, context_lengths_M = teacher_ids_MT, teacher_lengths_M
+        if self._config.guidance_context == "teacher" or self._config.plan == "identity":
+            plan_MST, context_lengths_M = identity_plans(context_lengths_M, teacher_lengths_M, self._config.window)
+            teacher_lengths_M = context_lengths_M
+        return Guiding(
+            plan_MST=plan_MST,
+            context_ids_MS=context_ids_MS,
+            teacher_ids_MT=teacher_ids_MT,
+            context_lengths_M=context_lengths_M,
+            teacher_lengths_M=teacher_lengths_M,
+        )
 
     def _capped(self, asked: Asked, distances_M: Float32, threshold: float) -> NDArray[np.bool_]:
         rng = np.random.default_rng(stable_seed(self._seed, "cap", asked.trajectory.trajectory_id))
@@ -209,3 +280,37 @@ def _diagnostics(asked: Asked, distances_M: Float32, divergent_M: np.ndarray) ->
         teacher_indptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         teacher_ids=np.concatenate(asked.continuations).astype(np.int32),
     )
+
+
+def _targets_along(
+    group: Sequence[Asked], guides: Sequence[NDArray[np.bool_]], guiding: Guiding | None
+) -> list[SparseTargets]:
+    """The targets along each trajectory; None guides nothing there."""
+    num_tokens = [asked.trajectory.num_response_tokens for asked in group]
+    if guiding is None:
+        return [SparseTargets.empty(length) for length in num_tokens]
+    # A trajectory's windows start at its own offset in the responses laid end to end.
+    offsets = np.cumsum([0, *num_tokens])
+    triples = zip(group, guides, offsets[:-1], strict=True)
+    starts = np.concatenate([asked.positions[guides_M] + offset for asked, guides_M, offset in triples])
+    return split_targets(guiding.fold(starts, int(offsets[-1])), num_tokens)
+
+
+def _branches(group: Sequence[Asked], guides: Sequence[NDArray[np.bool_]], guiding: Guiding) -> list[Branches]:
+    """Each guiding window as a branch of its trajectory."""
+    lengths = guiding.context_lengths_M
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    is_own = np.arange(guiding.context_ids_MS.shape[1]) < lengths[:, None]
+    token_ids = guiding.context_ids_MS[is_own].astype(np.int32)
+    rows = np.cumsum([0, *(int(guides_M.sum()) for guides_M in guides)])
+    num_tokens = np.diff(starts[rows]).tolist()
+    parts = split_targets(guiding.fold(starts[:-1], int(starts[-1])), num_tokens)
+    return [
+        Branches(
+            positions=asked.positions[guides_M],
+            indptr=(starts[first : last + 1] - starts[first]).astype(np.int64),
+            token_ids=token_ids[starts[first] : starts[last]],
+            targets=targets,
+        )
+        for asked, guides_M, targets, (first, last) in zip(group, guides, parts, pairwise(rows.tolist()), strict=True)
+    ]

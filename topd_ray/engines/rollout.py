@@ -19,7 +19,7 @@ from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.vllm_engine import Completion, Draw, Finished, TokenIds, VllmEngine
 from topd_ray.errors import RolloutError, WeightSyncError
 from topd_ray.grouping import runs_within
-from topd_ray.types import Prompt, RolloutRequest, TeacherScores, Trajectory
+from topd_ray.types import Int32, Prompt, RolloutRequest, TeacherScores, Trajectory
 from topd_ray.weights.bundle import Delivery, IpcDelivery, Named, timed
 from topd_ray.weights.checksum import Fingerprint, WeightReceipt
 from topd_ray.weights.naming import ExpectedTensors
@@ -154,6 +154,15 @@ class RolloutEngine:
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
+
+    def continue_prefixes(self, prefixes: Sequence[TokenIds], num_tokens: int, *, seeds: Sequence[int]) -> list[Int32]:
+        """At most `num_tokens` tokens after each prefix, drawn as those of a trajectory, with one seed per prefix."""
+        self._check_whole()
+        draws = [
+            Draw(max_tokens=num_tokens, temperature=self._rollout.temperature, top_p=self._rollout.top_p, seed=seed)
+            for seed in seeds
+        ]
+        return self._engine.continue_prefixes(prefixes, draws)
 
     def score(self, sequences: Sequence[tuple[TokenIds, TokenIds]], top_k: int | str) -> list[TeacherScores]:
         """Score (prompt ids, response ids) with the student's own weights (see VllmEngine.score)."""

@@ -20,6 +20,8 @@ from topd_ray.objective.importance import prefix_weights
 from topd_ray.objective.loss import LossBatch, LossMetrics, LossSpec, student_logprobs, topd_loss
 
 PROBE_TOKENS = 8
+BRANCH_FIGURES = ("guidance_kl",)
+"""Those of `LossMetrics` that mean something where the teacher has scored nothing."""
 Figures = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """as those of `LossMetrics`"""
 
@@ -66,13 +68,15 @@ class LossHead(nn.Module):
             self.weight,
             loss_batch,
             self.spec,
-            num_tokens=totals.num_tokens,
+            num_tokens=0.0 if batch.is_of_branches else totals.num_tokens,
             num_guided=totals.num_guided,
             num_trajectories=totals.num_trajectories,
             head_bias=self.bias,
             num_vocabulary=self.num_vocabulary,
             check_finite=False,  # the ranks have to agree on what to do
         )
+        if batch.is_of_branches:
+            return loss, LossMetrics(figures={key: metrics.figures[key] for key in BRANCH_FIGURES})
         return loss, LossMetrics(figures={**metrics.figures, **staleness}) if staleness else metrics
 
     @torch.no_grad()

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal, Self
 
-import numpy as np
-
 from topd_ray.config.schema import TeacherConfig
 from topd_ray.engines.checkpoint import checkpoint_bytes, checkpoint_folder, read_embedding
 from topd_ray.engines.plain_forward import largest_difference
@@ -79,16 +77,11 @@ class TeacherEngine:
         if decoding == "sample" and (seeds is None or len(seeds) != len(prefixes)):
             raise TeacherError(f"sampling {len(prefixes)} continuations needs a seed for each, got {seeds}")
         temperature = 0.0 if decoding == "greedy" else self._temperature
-        requests = (
-            (
-                index,
-                prefix,
-                Draw(max_tokens=num_tokens, temperature=temperature, seed=seeds[index] if seeds is not None else None),
-            )
-            for index, prefix in enumerate(prefixes)
-        )
-        continued = {done.key: np.asarray(done.token_ids, np.int32) for done in self._engine.generate(requests)}
-        return [continued[index] for index in range(len(prefixes))]
+        draws = [
+            Draw(max_tokens=num_tokens, temperature=temperature, seed=seed)
+            for seed in (seeds if seeds is not None else [None] * len(prefixes))
+        ]
+        return self._engine.continue_prefixes(prefixes, draws)
 
     def complete(
         self,

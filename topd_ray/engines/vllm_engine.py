@@ -161,6 +161,12 @@ class VllmEngine:
             if len(answers[row]) == num_samples:
                 yield prompts[row], [answers[row][index] for index in range(num_samples)]
 
+    def continue_prefixes(self, prefixes: Sequence[TokenIds], draws: Sequence[Draw]) -> list[Int32]:
+        """The tokens after each prefix, in order; an end-of-sequence token ends one and is included."""
+        requests = ((index, *pair) for index, pair in enumerate(zip(prefixes, draws, strict=True)))
+        continued = {done.key: np.asarray(done.token_ids, np.int32) for done in self.generate(requests)}
+        return [continued[index] for index in range(len(prefixes))]
+
     def score(self, sequences: Sequence[tuple[TokenIds, TokenIds]], top_k: int | str) -> list[TeacherScores]:
         """Top-k and sampled log-probs of every response token of (prompt ids, response ids), in float32 nats.
 

@@ -90,11 +90,15 @@ class InlineFleet:
         return []
 
     def _write(self, worker: int, requests: Sequence[RolloutRequest]) -> Iterator[Event]:
-        for chunk in self._rollout.generate(requests, whole=self._config.run.deterministic):
+        chunks = self._rollout.generate(requests, whole=self._config.run.deterministic)
+        if self._config.resamples:  # the engine continues no prefix while it is writing
+            chunks = iter(list(chunks))
+        for chunk in chunks:
             yield Written(worker=worker, chunk=chunk)
 
     def _guide(self, teacher: int, chunks: tuple[RolloutChunk, ...], threshold: float) -> Iterator[Event]:
-        yield Guided(teacher=teacher, sources=chunks, chunk=self._teacher.look_ahead(chunks, threshold))
+        student = self._rollout if self._config.resamples else None
+        yield Guided(teacher=teacher, sources=chunks, chunk=self._teacher.look_ahead(chunks, threshold, student))
 
     def _learn(self, items: Sequence[GuidedItem]) -> Iterator[Event]:
         yield Learned(report=self._learner.learn(items, Normalisers.of(items)))

@@ -199,7 +199,13 @@ def _as_window(config: TopdConfig, asked: Asked, m: int) -> Asked:
 
 def as_asked(window: Trajectory, scores: TeacherScores, teacher_ids: Int32) -> Asked:
     """A trajectory that is one window, with the teacher's window after the same prefix."""
-    return Asked(trajectory=window, scores=scores, positions=np.zeros(1, np.int32), continuations=(teacher_ids,))
+    return Asked(
+        trajectory=window,
+        scores=scores,
+        positions=np.zeros(1, np.int32),
+        continuations=(teacher_ids,),
+        student_windows=(window.response_ids,),
+    )
 
 
 def _label(labeller: Labeller, asked: Asked, m: int, window: GuidedTrajectory) -> str:
