@@ -99,7 +99,7 @@ def local_correction_command(args: argparse.Namespace) -> int:
     """A few updates at one divergent point by OPD and by TOPD, then the continuation drawn again."""
     config = load_config(args.config, args.overrides)
     check_inputs(config, training=False)
-    from topd_ray.studies.local_correction import local_correction
+    from topd_ray.studies.local_correction.study import local_correction
 
     local_correction(config, args.out, f"topd study local-correction {_shown(args)}", Say())
     return 0
@@ -109,7 +109,7 @@ def probe_command(args: argparse.Namespace) -> int:
     """Compare the near futures of student and teacher from high-loss, random and low-loss positions."""
     config = load_config(args.config, args.overrides)
     check_inputs(config, training=False)
-    from topd_ray.studies.probe import probe
+    from topd_ray.studies.probe.study import probe
 
     results = probe(config, args.out, f"topd probe {_shown(args)}", Say())
     print("\n\n".join([*(table.text() for table in results.tables), *results.notes]))
@@ -137,7 +137,7 @@ def report_command(args: argparse.Namespace) -> int:
 
 def _compare(study: Literal["ablation", "sweep"], args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from topd_ray.studies.comparison import compare_arms
+    from topd_ray.studies.comparison.study import compare_arms
 
     print(compare_arms(study, config, args.out, Say(), command=f"topd study {study} {_shown(args)}"))
     return 0

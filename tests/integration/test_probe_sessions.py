@@ -14,7 +14,7 @@ from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.studies.parts import Parts
-from topd_ray.studies.probe import probe
+from topd_ray.studies.probe.study import probe
 from topd_ray.studies.results import load_results
 from topd_ray.studies.rollouts import first_requests
 

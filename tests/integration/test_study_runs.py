@@ -13,9 +13,9 @@ import pytest
 
 from topd_ray.config.load import load_config
 from topd_ray.errors import TopdError
-from topd_ray.studies.comparison import compare_arms
+from topd_ray.studies.comparison.runs import LOG
+from topd_ray.studies.comparison.study import compare_arms
 from topd_ray.studies.results import load_results
-from topd_ray.studies.runs import LOG
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24

@@ -8,8 +8,8 @@ from topd_ray.config.load import dump_config, load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.config.study_schema import ArmsConfig
 from topd_ray.errors import ConfigError
-from topd_ray.studies.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
-from topd_ray.studies.runs import StudyRun, plan_runs
+from topd_ray.studies.comparison.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
+from topd_ray.studies.comparison.runs import StudyRun, plan_runs
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "jobs" / "demo.yaml"

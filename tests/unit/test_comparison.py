@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from topd_ray.errors import DataError
-from topd_ray.studies.arms import ABLATION
-from topd_ray.studies.comparison import compare
-from topd_ray.studies.comparison_report import draw, order_notes, tables
-from topd_ray.studies.learning import Floats, Learning, Point, read_learning
+from topd_ray.studies.comparison.arms import ABLATION
+from topd_ray.studies.comparison.learning import Floats, Learning, Point, read_learning
+from topd_ray.studies.comparison.report import draw, order_notes, tables
+from topd_ray.studies.comparison.study import compare
 from topd_ray.studies.statistics import bootstrap_crossed
 
 NUM_PROMPTS = 300

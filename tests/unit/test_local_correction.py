@@ -15,9 +15,17 @@ from topd_ray.engines.look_ahead import LookAhead
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import ConfigError, NonFiniteLossError
 from topd_ray.objective import unfold
-from topd_ray.studies.correction import Student
-from topd_ray.studies.correction_figures import BEFORE, Row, draw_picture, figures_of, notes_of, tables_of, targets_of
-from topd_ray.studies.divergent_points import (
+from topd_ray.studies.futures import Distances
+from topd_ray.studies.local_correction.figures import (
+    BEFORE,
+    Row,
+    draw_picture,
+    figures_of,
+    notes_of,
+    tables_of,
+    targets_of,
+)
+from topd_ray.studies.local_correction.points import (
     GUIDES_ALWAYS,
     Counts,
     Point,
@@ -27,8 +35,8 @@ from topd_ray.studies.divergent_points import (
     table_to_points,
     window_look_ahead,
 )
-from topd_ray.studies.futures import Distances
-from topd_ray.studies.local_correction import ARMS, identity_targets, learning_rates, rows_of_point
+from topd_ray.studies.local_correction.study import ARMS, identity_targets, learning_rates, rows_of_point
+from topd_ray.studies.local_correction.updates import Student
 from topd_ray.types import SparseTargets, TeacherScores, Trajectory
 
 WINDOW = 6

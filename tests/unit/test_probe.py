@@ -17,9 +17,9 @@ from topd_ray.engines.look_ahead import compare_windows
 from topd_ray.errors import DataError
 from topd_ray.objective import unit_embeddings
 from topd_ray.studies.labelling import find_labeller
-from topd_ray.studies.probe_examples import Example, examples_page, find_examples
-from topd_ray.studies.probe_figures import Figures, Probed, false_alarm_share, find_figures
-from topd_ray.studies.probe_rows import SCHEMA, choose_positions, coarse_entropy, position_costs
+from topd_ray.studies.probe.examples import Example, examples_page, find_examples
+from topd_ray.studies.probe.figures import Figures, Probed, false_alarm_share, find_figures
+from topd_ray.studies.probe.rows import SCHEMA, choose_positions, coarse_entropy, position_costs
 from topd_ray.studies.results import claim_folder
 from topd_ray.types import Trajectory
 

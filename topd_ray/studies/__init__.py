@@ -1,17 +1,13 @@
-"""The paper's experiments as commands: what near-future guidance is worth on a pair of your own.
+"""The paper's experiments as commands: what near-future guidance is worth on a pair of your own (docs/studies.md).
 
 | module | what it holds |
 | --- | --- |
-| `results` | a study's folder: results.json, and whose it is |
-| `arms` | what the ablation and the sweep compare |
-| `runs` | their runs: processes, as many at a time as asked for, that go on where they stopped |
-| `learning` | what a finished run learnt, read from its folder |
-| `comparison`, `comparison_report` | arms against each other: figures, table and pictures |
+| `probe` | `topd probe`; begin in its `study`, as in the two below |
+| `local_correction` | `topd study local-correction` |
+| `comparison` | `topd study ablation` and `sweep`: arms, their runs, what they learnt, and which is better |
+| `report` | `topd study report`: docs/results.md, from the results of all |
+| `results`, `tables`, `pictures` | a study's folder: results.json and whose it is, tables to read, the look of pictures |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
-| `rollouts`, `futures` | student rollouts, the teacher beside them, exact distances |
-| `local_correction` | `topd study local-correction`; parts: `divergent_points`, `correction`, `correction_figures` |
-| `pictures` | the common look of the pictures |
-| `rollouts`, `parts` | student rollouts, kept in Parquet parts that are whole or not there |
+| `rollouts`, `futures`, `parts` | student rollouts, the teacher beside them, Parquet parts that are whole or not there |
 | `labelling` | what a mismatch means, where that is known by construction |
-| `probe` | `topd probe`; its rows, figures, examples and pictures in `probe_*` |
 """

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from topd_ray.config.schema import TopdConfig
 from topd_ray.objective import unfold
-from topd_ray.studies.divergent_points import Counts, Point
+from topd_ray.studies.local_correction.points import Counts, Point
 from topd_ray.studies.pictures import BLUE, GREY, RED, picture
 from topd_ray.studies.statistics import FEWEST, Floats, Interval, bootstrap
 from topd_ray.studies.tables import Table, shown

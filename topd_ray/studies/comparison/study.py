@@ -15,11 +15,11 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import TopdError
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
-from topd_ray.studies.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
-from topd_ray.studies.comparison_report import draw, order_notes, tables
-from topd_ray.studies.learning import Floats, Learning, read_learning
+from topd_ray.studies.comparison.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
+from topd_ray.studies.comparison.learning import Floats, Learning, read_learning
+from topd_ray.studies.comparison.report import draw, order_notes, tables
+from topd_ray.studies.comparison.runs import StudyRun, carry_out, plan_runs
 from topd_ray.studies.results import CONFIG, Results, claim_folder, save_results
-from topd_ray.studies.runs import StudyRun, carry_out, plan_runs
 from topd_ray.studies.statistics import FEWEST_SEEDS, bootstrap_crossed
 
 Study = Literal["ablation", "sweep"]

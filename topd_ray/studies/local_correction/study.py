@@ -36,8 +36,8 @@ from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import DataError
 from topd_ray.objective import fold_windows, identity_plans, pad_windows
 from topd_ray.pipeline.plan import Say
-from topd_ray.studies.correction import Method, Student
-from topd_ray.studies.correction_figures import (
+from topd_ray.studies.futures import Distances, open_teacher
+from topd_ray.studies.local_correction.figures import (
     BEFORE,
     PAPER,
     ROW_SCHEMA,
@@ -47,7 +47,7 @@ from topd_ray.studies.correction_figures import (
     notes_of,
     tables_of,
 )
-from topd_ray.studies.divergent_points import (
+from topd_ray.studies.local_correction.points import (
     GUIDES_ALWAYS,
     Counts,
     Point,
@@ -57,7 +57,7 @@ from topd_ray.studies.divergent_points import (
     table_to_points,
     window_look_ahead,
 )
-from topd_ray.studies.futures import Distances, open_teacher
+from topd_ray.studies.local_correction.updates import Method, Student
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.types import GuidedTrajectory, SparseTargets, Trajectory

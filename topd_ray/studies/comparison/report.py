@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topd_ray.studies.arms import OPD, PAPER, START, TOPD
+from topd_ray.studies.comparison.arms import OPD, PAPER, START, TOPD
 from topd_ray.studies.pictures import BLUE, RED, picture
 from topd_ray.studies.tables import Table
 

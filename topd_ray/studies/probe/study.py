@@ -22,10 +22,10 @@ from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
-from topd_ray.studies.probe_examples import examples_page, find_examples
-from topd_ray.studies.probe_figures import PAPER, Figures, Probed, find_figures
-from topd_ray.studies.probe_pictures import draw_pictures
-from topd_ray.studies.probe_rows import KINDS, Prober, loss_of
+from topd_ray.studies.probe.examples import examples_page, find_examples
+from topd_ray.studies.probe.figures import PAPER, Figures, Probed, find_figures
+from topd_ray.studies.probe.pictures import draw_pictures
+from topd_ray.studies.probe.rows import KINDS, Prober, loss_of
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.rollouts import Rollouts, first_requests
 from topd_ray.studies.tables import Table, shown

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from topd_ray.config.schema import TopdConfig
 from topd_ray.demo.worded_labels import FORKS
 from topd_ray.errors import DataError
-from topd_ray.studies.probe_rows import KINDS, Kind
+from topd_ray.studies.probe.rows import KINDS, Kind
 from topd_ray.studies.statistics import FEWEST, Floats, Interval, area_under_roc, bootstrap, pearson, spearman
 
 PAPER: Mapping[str, Any] = {

@@ -19,7 +19,7 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.interrupt import Interrupt
 from topd_ray.pipeline.plan import Say
-from topd_ray.studies.arms import OPD, Arm
+from topd_ray.studies.comparison.arms import OPD, Arm
 
 LOG = "study.log"
 POLL_SECONDS = 0.2

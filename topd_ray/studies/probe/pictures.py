@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from topd_ray.studies.pictures import BLUE, GREY, RED, picture
-from topd_ray.studies.probe_figures import BIN, DECIDED, Figures, Probed
-from topd_ray.studies.probe_rows import KINDS
+from topd_ray.studies.probe.figures import BIN, DECIDED, Figures, Probed
+from topd_ray.studies.probe.rows import KINDS
 
 COLOURS = {"high": RED, "random": GREY, "low": BLUE}
 LABEL_COLOURS = {"harmless": BLUE, "choice": "#edae49", "error": RED}
