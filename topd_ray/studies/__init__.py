@@ -6,8 +6,8 @@
 | `local_correction` | `topd study local-correction` |
 | `comparison` | `topd study ablation` and `sweep`: arms, their runs, what they learnt, and which is better |
 | `report` | `topd study report`: docs/results.md, from the results of all |
-| `results`, `tables`, `pictures` | a study's folder: results.json and whose it is, tables to read, the look of pictures |
+| `results`, `tables`, `pictures` | the folder of a study: results.json, tables to read, the look of pictures |
 | `statistics` | bootstrap intervals, correlations, areas under ROC curves |
-| `rollouts`, `futures`, `parts` | student rollouts, the teacher beside them, Parquet parts that are whole or not there |
+| `rollouts`, `futures`, `parts` | student rollouts, the teacher beside them, Parquet parts |
 | `labelling` | what a mismatch means, where that is known by construction |
 """
