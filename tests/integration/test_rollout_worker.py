@@ -243,6 +243,10 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+def read(chunk):
+    return batch_to_trajectories(ray.get(chunk.handle))
+
+
 def test_a_ray_actor_serves_while_other_calls_reach_it(cluster, folders, models):
     store = RayStore()
     actor = (
@@ -253,13 +257,13 @@ def test_a_ray_actor_serves_while_other_calls_reach_it(cluster, folders, models)
     ray.get(actor.setup.remote(), timeout=SECONDS)
     stream = actor.serve.options(num_returns="streaming").remote()
     ray.get(actor.submit.remote(draws(40), whole=False), timeout=SECONDS)
-    chunks = [ray.get(next(stream))]
+    written = list(read(ray.get(next(stream))))
     sent = bundle(folders, 1, store)
     receipt = ray.get(actor.update_weights.remote(sent, interrupt=False), timeout=SECONDS)
     assert (receipt.version, receipt.checksum) == (1, sent.checksum)
     ray.get(actor.submit.remote(draws(5, first=40), whole=True), timeout=SECONDS)
-    while sum(len(chunk.trajectory_ids) for chunk in chunks) < 45:
-        chunks.append(ray.get(next(stream)))
+    while len(written) < 45:
+        written += read(ray.get(next(stream)))
     ray.get(actor.submit.remote(make_requests(1, prompt_length=17), whole=False), timeout=SECONDS)
     with pytest.raises(RolloutError, match="a request of 17 tokens"):
         ray.get(next(stream))
@@ -267,6 +271,5 @@ def test_a_ray_actor_serves_while_other_calls_reach_it(cluster, folders, models)
     ray.get(actor.stop.remote(), timeout=SECONDS)
     with pytest.raises(StopIteration):
         next(stream)
-    written = [one for chunk in chunks for one in batch_to_trajectories(ray.get(chunk.handle))]
     assert [one.policy_version for one in written] == [0] * 40 + [1] * 5
     assert max(errors(one, models, one.policy_version).max() for one in written) < NATS
