@@ -22,7 +22,8 @@ from topd_ray.weights.channel import Channel
 from topd_ray.weights.checksum import WeightReceipt, fingerprint
 from topd_ray.weights.chunks import Chunk
 from topd_ray.weights.ipc import IpcChannel
-from topd_ray.weights.object_store import ObjectStoreChannel, Parcel
+from topd_ray.weights.object_store import ObjectStoreChannel
+from topd_ray.weights.parcels import Parcel
 
 CHUNK_BYTES = 32 * 1024
 Tokens = dict[str, list[int]]
