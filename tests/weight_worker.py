@@ -35,7 +35,10 @@ def open_end(timeout_seconds: float = TIMEOUT) -> BroadcastChannel:
 
 
 def work(asked: Connection) -> None:
-    """Fetch the bundles that are asked for, and say what came; `die` or `stop` before the fourth piece if told to."""
+    """Fetch the bundles that are asked for, and say what came.
+
+    If told to, `die` or `stop` before the fourth piece, or `fail` in every round.
+    """
     channel = open_end()
     broadcast = Group.broadcast
     while True:
@@ -43,6 +46,8 @@ def work(asked: Connection) -> None:
         pieces = iter(range(NUM_PIECES))
 
         def obey(group: Group, octets: Any, pieces: Iterator[int] = pieces, order: str = order) -> None:
+            if order == "fail":
+                raise RuntimeError("told to")
             if next(pieces, 0) == 3 and order:
                 os._exit(1) if order == "die" else os.kill(os.getpid(), signal.SIGSTOP)
             broadcast(group, octets)

@@ -1,7 +1,9 @@
 """A process group for one thing: bytes from its rank 0 to all others, over gloo or NCCL.
 
 It is made on a store of its own and is not torch's default group, which the learner ranks (DeepSpeed) and the engines
-(vLLM) use for themselves. The NCCL side has never run: it is written against torch 2.13's ProcessGroupNCCL.
+(vLLM) use for themselves. The NCCL side has never run: it is written against torch 2.13's ProcessGroupNCCL, and what
+is open is how it gets on with the other communicators of the same process, which work at the same time, and how soon
+it lets go of a member that is gone.
 """
 
 import os

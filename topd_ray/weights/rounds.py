@@ -3,7 +3,8 @@
 A worker that wants a version asks for it at a store that learner rank 0 keeps, and is told its seat in a group. A
 thread of the learner's process (the sender) gathers the requests, seats all who asked, and broadcasts: a round. So
 nobody has to know who lives. A worker that is lost does not ask again; one that is made anew asks when it is there, and
-has a round of its own; one whose round failed because another died in it asks once more.
+has a round of its own; one whose round failed because another died in it asks once more. After a failure a version is
+sent to one worker at a time, so that whoever makes rounds fail does so alone.
 
 A group serves round after round as long as the same workers ask, each of them with its end of it still open. Otherwise
 a new group is made, of a new generation.
@@ -28,6 +29,8 @@ from topd_ray.weights.group import Backend, Group
 
 GATHER_SECONDS = 1.0
 """How long the sender waits for the other workers once one has asked."""
+PAUSE_SECONDS = 1.0
+"""How long a worker whose round failed waits before it asks again."""
 POLL_SECONDS = 0.02
 SHARE_OF_TIMEOUT = 0.25
 """Largest wait inside a round, for the meeting or for one piece, over `weights.timeout_seconds`: after a round with a
@@ -88,6 +91,8 @@ class Sender:
         self._group: Group | None = None
         self._generation = 0
         self._members: list[str] = []
+        self._failed: int | None = None
+        """a version that is sent to one worker at a time"""
         self._thread = threading.Thread(target=self._serve, name="broadcast-weights", daemon=True)
         self._thread.start()
 
@@ -111,18 +116,18 @@ class Sender:
             if not waiting:
                 gathering_since = time.monotonic()
             self._take_requests(waiting)
-            is_over = time.monotonic() > gathering_since + GATHER_SECONDS
-            if not waiting or not (is_over or len(waiting) >= self._num_workers):
-                time.sleep(POLL_SECONDS)
-                continue
             version, pieces = self._offer or (None, ())
-            seated = sorted((one for one in waiting.values() if one.version == version), key=lambda one: one.worker)
-            for one in waiting.values():
-                if one.version != version:
-                    self._answer(one, None)
-            waiting.clear()
-            if seated:
-                self._round(seated, pieces)
+            size = 1 if version == self._failed else self._num_workers
+            is_over = time.monotonic() > gathering_since + GATHER_SECONDS
+            if waiting and (is_over or len(waiting) >= size):
+                asked = [waiting.pop(worker) for worker in list(waiting)[:size]]
+                for late in [one for one in asked if one.version != version]:
+                    self._answer(late, None)
+                seated = [one for one in asked if one.version == version]
+                if seated and not self._round(sorted(seated, key=lambda one: one.worker), pieces):
+                    self._failed = version
+            else:
+                time.sleep(POLL_SECONDS)
             del pieces
 
     def _take_requests(self, waiting: dict[str, Request]) -> None:
@@ -134,8 +139,8 @@ class Sender:
                 return
             waiting[request.worker] = request
 
-    def _round(self, requests: Sequence[Request], pieces: Sequence[Octets]) -> None:
-        """One broadcast. After a failure those that still want the version ask again."""
+    def _round(self, requests: Sequence[Request], pieces: Sequence[Octets]) -> bool:
+        """One broadcast; whether it worked, as far as can be seen from here: whom it did not reach asks again."""
         members = [one.worker for one in requests]
         if any(one.holds != self._generation for one in requests) or members != self._members:
             self._hang_up()
@@ -154,7 +159,8 @@ class Sender:
         except RuntimeError as error:
             _log.warning("a broadcast of weights to %d workers failed: %s", len(members), error)
             self._hang_up()
-            time.sleep(GATHER_SECONDS)  # or those that fail first would be served alone
+            return False
+        return True
 
     def _answer(self, request: Request, seat: Seat | None) -> None:
         self._store.set(request.answer, json.dumps(None if seat is None else asdict(seat)))
@@ -184,10 +190,7 @@ class Receiver:
         """
         with self._turn:
             deadline = time.monotonic() + self._seconds
-            while True:
-                seat = self._ask(desk, version, deadline)
-                if seat is None:
-                    return None
+            while (seat := self._ask(desk, version, deadline)) is not None:
                 try:
                     return self._take_part(desk, seat, sizes)
                 except RuntimeError as error:
@@ -198,6 +201,8 @@ class Receiver:
                             f"weights.timeout_seconds={self._seconds:g} s: {error}"
                         ) from error
                     _log.warning("a broadcast of version %d of the weights failed: %s", version, error)
+                time.sleep(PAUSE_SECONDS)
+            return None
 
     def _ask(self, desk: Desk, version: int, deadline: float) -> Seat | None:
         """A seat in the next round; None for an old version. WeightSyncError if no answer comes in time."""
