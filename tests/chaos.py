@@ -1,7 +1,7 @@
 """Kill workers and drivers of runs at random moments, and look what is left: `python -m tests.chaos KILLS [FOLDER]`.
 
 Half of the kills hit a deterministic run, whose student has to be bitwise that of the same run left alone; the other
-half an asynchronous one. Both have to train on every trajectory exactly once, by the ledger. A blow kills the driver,
+half an asynchronous one, whose weights go by broadcast. Both have to train on every trajectory exactly once, by the ledger. A blow kills the driver,
 or some of the workers at once, as a failing node does; what it waits for is chosen at random, so that blows fall into
 all of what a run does, restarts included. A driver that is gone is started again with the same command.
 
@@ -46,7 +46,8 @@ SETTINGS = (
     "faults.max_restarts=1000",  # failures are the test's here, not the worker's or the input's
     "faults.max_attempts=1000",
 )
-MODES = {"deterministic": ("run.deterministic=true",), "asynchronous": ("pipeline.max_staleness=2",)}
+BROADCAST = ("weights.channel=broadcast", "resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
+MODES = {"deterministic": ("run.deterministic=true",), "asynchronous": ("pipeline.max_staleness=2", *BROADCAST)}
 
 ROLES = {"ray::RolloutWorker": "rollout", "ray::TeacherWorker": "teacher", "ray::LearnerWorker": "learner"}
 WORKERS = tuple(ROLES.values())
