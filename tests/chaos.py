@@ -1,9 +1,10 @@
 """Kill workers and drivers of runs at random moments, and look what is left: `python -m tests.chaos KILLS [FOLDER]`.
 
 Half of the kills hit a deterministic run, whose student has to be bitwise that of the same run left alone; the other
-half an asynchronous one, whose weights go by broadcast. Both have to train on every trajectory exactly once, by the ledger. A blow kills the driver,
-or some of the workers at once, as a failing node does; what it waits for is chosen at random, so that blows fall into
-all of what a run does, restarts included. A driver that is gone is started again with the same command.
+half an asynchronous one, whose weights go by broadcast. Both have to train on every trajectory exactly once, by the
+ledger. A blow kills the driver, or some of the workers at once, as a failing node does; what it waits for is chosen at
+random, so that blows fall into all of what a run does, restarts included. A driver that is gone is started again with
+the same command.
 
 Writes FOLDER/kills.jsonl, a line for every blow, and FOLDER/summary.json (default: runs/chaos); ends with 1 if anything
 was lost.
