@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ray import cloudpickle
 
 from topd_ray import errors
@@ -27,15 +28,19 @@ from topd_ray.errors import PayloadLostError
 from topd_ray.types import Completions, Metric, Prompt, RolloutRequest, UpdateReport
 from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import WeightReceipt
+from topd_ray.weights.choice import open_channel
+from topd_ray.weights.group import Group
 
 
 class StandIn:
     folder: Path
     role: str
 
-    def __init__(self, *, store: Any, rank: int | str = "", **parts: Any) -> None:
+    def __init__(self, *, store: Any, rank: int | str = "", weights: Any = None, **parts: Any) -> None:
         self.store = store
         self.rank = rank
+        broadcasts = weights is not None and weights.channel == "broadcast"
+        self.channel = open_channel(weights, store, num_workers=2) if broadcasts else None
 
     def setup(self, *_: Any, **__: Any) -> str:
         self.obey("setup")
@@ -80,6 +85,13 @@ class Rollout(StandIn):
         super().__init__(**parts)
         self.requests: queue.Queue[RolloutRequest] = queue.Queue()
         self.newest: WeightsBundle | None = None
+        broadcast = Group.broadcast
+
+        def obey(group: Group, octets: Any) -> None:
+            broadcast(group, octets)
+            self.obey("receive")  # a piece of the weights, more are to come
+
+        Group.broadcast = obey  # type: ignore[method-assign]
 
     def submit(self, requests: Sequence[RolloutRequest], *, whole: bool) -> None:
         for request in requests:
@@ -104,7 +116,11 @@ class Rollout(StandIn):
             metrics=(),
         )
 
-    def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt:
+    def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt | None:
+        if self.channel is not None:
+            self.obey(f"fetch-{bundle.version}")
+            if self.channel.fetch(bundle) is None:
+                return None
         if self.newest is None or self.newest.version < bundle.version:
             self.newest = bundle
         self.obey(f"update_weights-{bundle.version}")
@@ -172,6 +188,8 @@ class Learner(StandIn):
         self.obey(f"pack_weights-{self.version}")
         if self.rank != 0:
             return None
+        if self.channel is not None:
+            return self.channel.send(self.version, [(str(i), torch.full((2**17,), self.version)) for i in range(3)])
         return WeightsBundle(
             version=self.version, content=self.store.put([self.version]), num_bytes=8, checksum=1000 + self.version
         )

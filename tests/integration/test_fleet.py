@@ -335,6 +335,38 @@ def started(address: str, orders: Orders) -> Iterator[Callable[..., RayFleet]]:
     ray.shutdown()
 
 
+def test_weights_by_broadcast_while_workers_die(started: Callable[..., RayFleet], orders: Orders) -> None:
+    on_cpus = ("resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
+    fleet = started("weights.channel=broadcast", *on_cpus, "teacher.num_workers=1", "learner.num_ranks=1")
+
+    def learn() -> None:
+        fleet.learn(guide(fleet, 0, write(fleet, 1, "p1")))
+        hear(fleet, some(Learned))
+        fleet.publish()
+
+    def published(events: list[Event]) -> list[tuple[int, int]]:
+        return [(event.worker, event.version) for event in events if isinstance(event, Published)]
+
+    os.kill(pid_of(fleet, "rollout", 0), signal.SIGKILL)
+    assert published(hear(fleet, some(Lost, Published))) == [(0, 0)], "the newest version, to it alone"
+    orders("rollout-receive", "once die")
+    learn()
+    events = hear(fleet, lambda events: len(published(events)) == 2)
+    (lost,) = [event for event in events if isinstance(event, Lost)]
+    assert published(events) == [(1 - lost.worker, 1), (lost.worker, 1)], "in the middle of it: again to the other one"
+    orders("rollout-fetch-2", "once wait go")  # until version 3 has been sent to the other worker
+    learn()
+    first = published(hear(fleet, some(Published)))
+    fleet.learn(guide(fleet, 0, write(fleet, first[0][0], "p2")))
+    hear(fleet, some(Learned))
+    fleet.publish()
+    events = hear(fleet, some(Published))
+    orders("go")
+    settle(fleet)
+    assert [slot.version for slot in fleet._rollouts] == [3, 3]
+    assert not some(Lost)(events)
+
+
 @pytest.mark.parametrize("moment", ["learn", "save"])
 def test_a_rank_that_dies_is_the_reason_though_another_is_heard_of_first(
     started: Callable[..., RayFleet], orders: Orders, tmp_path: Path, moment: str

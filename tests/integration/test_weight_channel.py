@@ -1,4 +1,4 @@
-"""Weights through the object-store channel into a real vLLM engine: torn and late ones never serve."""
+"""Weights through the channels into a real vLLM engine: torn and late ones never serve."""
 
 import multiprocessing as mp
 from collections.abc import Callable, Iterator
@@ -17,12 +17,14 @@ from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.errors import WeightSyncError
 from topd_ray.metrics.records import reduce
+from topd_ray.weights.broadcast import BroadcastChannel
 from topd_ray.weights.bundle import Delivery, WeightsBundle, weight_metrics
 from topd_ray.weights.channel import Channel
 from topd_ray.weights.checksum import WeightReceipt, fingerprint
 from topd_ray.weights.chunks import Chunk
 from topd_ray.weights.ipc import IpcChannel
-from topd_ray.weights.object_store import ObjectStoreChannel, Parcel
+from topd_ray.weights.object_store import ObjectStoreChannel
+from topd_ray.weights.parcels import Parcel
 
 CHUNK_BYTES = 32 * 1024
 Tokens = dict[str, list[int]]
@@ -64,13 +66,28 @@ def tokens(engine: RolloutEngine) -> Tokens:
 
 
 def deliver(channel: Channel, bundle: WeightsBundle, engine: RolloutEngine) -> WeightReceipt:
-    return engine.update_weights(bundle.version, channel.fetch(bundle))
+    weights = channel.fetch(bundle)
+    assert weights is not None
+    return engine.update_weights(bundle.version, weights)
 
 
-def test_a_version_is_served_and_said_so(engine, weights, channel):
+@pytest.fixture(params=["object_store", "broadcast"])
+def any_channel(request: pytest.FixtureRequest, channel: ObjectStoreChannel) -> Channel:
+    """Both ends of it."""
+    if request.param == "object_store":
+        return channel
+    return BroadcastChannel(address="127.0.0.1", num_workers=1, chunk_bytes=CHUNK_BYTES, timeout_seconds=60.0)
+
+
+def parcels_of(bundle: WeightsBundle) -> Parcels:
+    return list(bundle.content if isinstance(bundle.content, tuple) else bundle.content.parcels)
+
+
+def test_a_version_is_served_and_said_so(engine, weights, any_channel):
+    channel = any_channel
     first = tokens(engine)
     bundle = channel.send(6, weights[1].items())
-    assert len(bundle.content) > 3
+    assert len(parcels_of(bundle)) > 3
     assert bundle.checksum == fingerprint(weights[1].items()).checksum
     receipt = deliver(channel, bundle, engine)
     assert check_receipt(0, [bundle], receipt) == 6 == engine.policy_version
@@ -82,12 +99,13 @@ def test_a_version_is_served_and_said_so(engine, weights, channel):
     assert tokens(engine) == first
 
 
-def test_the_figures_of_a_publication(engine, weights, channel):
+def test_the_figures_of_a_publication(engine, weights, any_channel):
+    channel = any_channel
     bundle = channel.send(6, weights[1].items())
     figures = reduce(weight_metrics(bundle, [deliver(channel, bundle, engine), deliver(channel, bundle, engine)]))
     model_bytes = sum(tensor.nbytes for tensor in weights[1].values())
     assert figures["weights/bytes"] == model_bytes
-    assert figures["weights/chunks"] == len(bundle.content)
+    assert figures["weights/chunks"] == len(parcels_of(bundle))
     assert 1.0 <= figures["weights/overhead"] < 1.01
     assert all(0.0 < figures[f"weights/seconds_{stage}"] < 5.0 for stage in ("pack", "fetch", "load"))
     # A mean of seconds and a rate of sums: equal products for one engine, and for two that took the same.
@@ -143,6 +161,19 @@ def test_a_torn_version_leaves_the_engine_as_it_was(engine, weights, channel, ca
     torn = replace(whole, content=tuple(spoil(list(whole.content), list(old.content))))
     with pytest.raises(WeightSyncError, match=message):
         deliver(channel, torn, engine)
+    assert engine.policy_version == 5
+    assert tokens(engine) == first
+    assert check_receipt(0, [whole], deliver(channel, whole, engine)) == 6
+
+
+def test_an_altered_broadcast_leaves_the_engine_as_it_was(engine, weights):
+    channel = BroadcastChannel(address="127.0.0.1", num_workers=1, chunk_bytes=CHUNK_BYTES, timeout_seconds=60.0)
+    first = tokens(engine)
+    whole = channel.send(6, weights[1].items())
+    *others, last = whole.content.parcels
+    torn = replace(last, fingerprint=replace(last.fingerprint, checksum=last.fingerprint.checksum ^ 1))
+    with pytest.raises(WeightSyncError, match="of version 6 of the weights was altered on its way"):
+        deliver(channel, replace(whole, content=replace(whole.content, parcels=(*others, torn))), engine)
     assert engine.policy_version == 5
     assert tokens(engine) == first
     assert check_receipt(0, [whole], deliver(channel, whole, engine)) == 6

@@ -34,6 +34,7 @@ SMALL = (
     "evaluation.teacher=false",
 )
 WORKERS = ("rollout", "teacher", "learner")
+BROADCAST = ("weights.channel=broadcast", "resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
 PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in WORKERS)
 
 WHY_NOT = missing()
@@ -115,7 +116,8 @@ def where_actors_are(cluster: Cluster) -> set[tuple[str, str]]:
 
 
 def test_a_job_over_four_nodes_gives_the_bitwise_same_student_as_one_node(cluster: Cluster) -> None:
-    done = cluster.on_head(*cluster.submit("many"))
+    """New weights go by broadcast there, and by way of the object store here."""
+    done = cluster.on_head(*cluster.submit("many", *BROADCAST))
     assert done.returncode == 0, done.stdout
     assert "pass@1 of the student after" in done.stdout, "the job's output is followed"
     address = {name: host.address for name, host in cluster.hosts.items()}

@@ -24,6 +24,8 @@ SMALL = (
     "data.arithmetic.num_train=64",
 )
 
+BROADCAST = ("weights.channel=broadcast", "resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
+
 
 def command(root: Path, name: str, *overrides: str) -> list[str]:
     return [
@@ -130,7 +132,9 @@ def test_eval_of_the_export_through_vllm(deterministic: Path) -> None:
 def test_a_signal_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command_goes_on(
     root: Path, deterministic: Path
 ) -> None:
-    process = start(root, "stopped", "run.deterministic=true", "run.checkpoint_every=0", until="loss/total")
+    """And new weights by broadcast are the same as those by way of the object store."""
+    settings = ("run.deterministic=true", "run.checkpoint_every=0", *BROADCAST)
+    process = start(root, "stopped", *settings, until="loss/total")
     family = family_of(process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -139,7 +143,7 @@ def test_a_signal_writes_a_checkpoint_leaves_nothing_behind_and_the_same_command
     assert_gone(family)
     stopped_at = int((root / "stopped" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
     assert 1 <= stopped_at <= 3
-    topd(root, "stopped", "run.deterministic=true", "run.checkpoint_every=0")
+    topd(root, "stopped", *settings)
     assert weights(root / "stopped") == weights(deterministic)
 
 

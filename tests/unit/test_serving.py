@@ -23,6 +23,12 @@ def eventually(holds: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
+def test_a_version_that_can_not_be_fetched_any_more_leaves_the_engine_alone() -> None:
+    engine = ScriptedEngine()
+    assert RolloutServer(engine).update_weights(1, lambda: None, interrupt=False) is None
+    assert (engine.policy_version, engine.loaded) == (0, [])
+
+
 class Served:
     """A server with a thread in `serve`, and threads for calls that may block."""
 

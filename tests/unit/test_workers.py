@@ -52,6 +52,7 @@ def failing_learner(folder: Path, store: Store | None = None) -> LearnerWorker:
         LearnerConfig(),
         ObjectiveConfig(),
         weights=WeightsConfig(),
+        num_rollout_workers=1,
         temperature=1.0,
         total_updates=1,
         rank=1,

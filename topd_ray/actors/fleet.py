@@ -216,7 +216,7 @@ class RayFleet:
                 return [Guided(teacher=slot.index, sources=call.sources, chunk=answer)]
             case "learn":
                 return self._learnt(slot.index, answer)
-            case "update_weights":
+            case "update_weights" if answer is not None:  # a newer version is on its way to the worker
                 self._acknowledge(call, answer)
                 return [Published(worker=slot.index, version=answer.version, metrics=answer.metrics)]
             case "setup":

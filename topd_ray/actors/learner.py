@@ -45,6 +45,7 @@ class LearnerWorker:
         objective: ObjectiveConfig,
         *,
         weights: WeightsConfig,
+        num_rollout_workers: int,
         temperature: float,
         total_updates: int,
         rank: int,
@@ -59,7 +60,7 @@ class LearnerWorker:
         self._num_ranks = learner.num_ranks
         self._failed_batch_folder = failed_batch_folder
         self._rollout_dtype = student.dtype
-        self._channel = open_channel(weights, store)
+        self._channel = open_channel(weights, store, num_workers=num_rollout_workers)
         self._parts: dict[str, Any] = {
             "student": student,
             "learner": learner,

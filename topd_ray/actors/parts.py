@@ -51,6 +51,7 @@ def learner_part(config: TopdConfig, *, rank: int, total_updates: int) -> dict[s
         "student": config.student,
         "learner": config.learner,
         "weights": config.weights,
+        "num_rollout_workers": config.rollout.num_workers,
         "objective": config.objective,
         "temperature": config.rollout.temperature,
         "total_updates": total_updates,

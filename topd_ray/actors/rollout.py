@@ -121,13 +121,13 @@ class RolloutWorker:
         for trajectories in self._server.generate(requests, whole=whole):
             yield self._chunk(trajectories)
 
-    def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt:
+    def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt | None:
         """Serve `bundle.version` from now on; returns when the engine does.
 
         What is being written finishes first, or with `interrupt` goes on under the new weights from the tokens it has.
-        A bundle that a newer one overtakes is not loaded, and the newer one's receipt returned. Raises WeightSyncError
-        for a version older than the one served, and for weights that are not what was sent or do not fit; the engine
-        then goes on as before.
+        A bundle that a newer one overtakes is not loaded, and the newer one's receipt returned, or None if it could not
+        even be fetched any more. Raises WeightSyncError for a version older than the one served, and for weights that
+        are not what was sent or do not fit; the engine then goes on as before.
         """
         return self._server.update_weights(bundle.version, lambda: self._channel.fetch(bundle), interrupt=interrupt)
 

@@ -155,19 +155,26 @@ class RolloutServer:
             if handover.is_due(is_last=True):
                 yield from handover.hand_over()
 
-    def update_weights(self, version: int, fetch: Callable[[], Weights], *, interrupt: bool) -> WeightReceipt:
+    def update_weights(
+        self, version: int, fetch: Callable[[], Weights | None], *, interrupt: bool
+    ) -> WeightReceipt | None:
         """Serve `version` from now on; returns when the engine does.
 
         The weights are fetched in this thread. The serving thread loads them between two steps: with `interrupt` the
         next two, else when nothing runs any more, and until then no submission enters. Where nobody serves, this
-        thread loads them. An update that a newer one overtakes before it is loaded has the newer one's outcome. Raises
-        WeightSyncError for an older version than the one served, and what the engine raises.
+        thread loads them. An update that a newer one overtakes before it is loaded has the newer one's outcome, or None
+        if it could not even be fetched any more. Raises WeightSyncError for an older version than the one served, and
+        what the engine raises.
         """
         if version < self._engine.policy_version:
             raise WeightSyncError(
                 f"version {version} of the weights came late: version {self._engine.policy_version} is served already"
             )
-        update = Update(version=version, weights=fetch(), interrupt=interrupt)
+        weights = fetch()
+        if weights is None:
+            return None
+        update = Update(version=version, weights=weights, interrupt=interrupt)
+        del weights  # they belong to the update, which drops them when it is overtaken
         with self._changed:
             self._offer(update)
             self._changed.notify_all()

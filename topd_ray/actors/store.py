@@ -29,6 +29,10 @@ class Store(Protocol):
         """
         ...
 
+    def node_address(self) -> str:
+        """Of the node that this process is on, where the other nodes reach it."""
+        ...
+
 
 class LocalStore:
     """One process: a handle is the payload."""
@@ -40,6 +44,9 @@ class LocalStore:
 
     def get(self, handles: Sequence[Handle]) -> list[Payload]:
         return list(handles)
+
+    def node_address(self) -> str:
+        return "127.0.0.1"
 
 
 class RayStore:
@@ -60,3 +67,6 @@ class RayStore:
         except ObjectLostError as error:
             raise PayloadLostError(str(error).splitlines()[0]) from error
         return [payloads[handle] for handle in handles]
+
+    def node_address(self) -> str:
+        return str(ray.util.get_node_ip_address())

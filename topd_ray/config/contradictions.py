@@ -206,9 +206,28 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
 
 
 def _of_weights(config: "TopdConfig") -> Iterator[Contradiction]:
+    if config.weights.channel == "ipc":
+        yield from _of_ipc(config)
+    elif config.weights.channel == "broadcast":
+        yield from _of_broadcast(config)
+
+
+def _of_broadcast(config: "TopdConfig") -> Iterator[Contradiction]:
+    """gloo and NCCL do not meet, and NCCL refuses two members on one GPU."""
+    learner, rollout = config.resources.gpus_per_learner, config.resources.gpus_per_rollout
+    on_cpus = learner == 0 and rollout == 0
+    on_own_gpus = learner is not None and rollout is not None and learner >= 1 and rollout >= 1
+    if not on_cpus and not on_own_gpus:
+        shown = ["unset" if one is None else f"{one:g}" for one in (learner, rollout)]
+        yield Contradiction(
+            keys=("weights.channel", "resources.gpus_per_learner", "resources.gpus_per_rollout"),
+            text=f"found broadcast with {shown[0]} GPUs for a learner rank and {shown[1]} for a rollout worker; right "
+            "would be 0 and 0, or at least 1 and 1, or object_store",
+        )
+
+
+def _of_ipc(config: "TopdConfig") -> Iterator[Contradiction]:
     """CUDA IPC opens the memory of the one GPU that both processes are on."""
-    if config.weights.channel != "ipc":
-        return
     learner, rollout = config.resources.gpus_per_learner, config.resources.gpus_per_rollout
     if not learner or not rollout or learner + config.rollout.num_workers * rollout > 1:
         shown = ["unset" if one is None else f"{one:g}" for one in (learner, rollout)]

@@ -305,13 +305,16 @@ class FaultsConfig(Section):
 class WeightsConfig(Section):
     """How a new policy reaches the rollout engines."""
 
-    channel: Literal["object_store", "ipc"] = "object_store"
-    """`object_store`: through Ray's object store, anywhere; `ipc`: through the memory of the one GPU that the learner
-    and all rollout workers share (never yet run on a GPU)."""
+    channel: Literal["object_store", "broadcast", "ipc"] = "object_store"
+    """`object_store`: through Ray's object store, anywhere; `broadcast`: from the learner to all rollout workers at
+    once, with gloo where `resources.gpus_per_learner` and `gpus_per_rollout` are 0, with NCCL (never yet run) where
+    they are at least 1; `ipc`: through the memory of the one GPU that the learner and all rollout workers share (never
+    yet run on a GPU)."""
     chunk_bytes: Annotated[int, Field(ge=1024**2)] = 64 * 1024**2
     """Weights that travel as one piece (bytes); a larger tensor is a piece by itself."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0
-    """How long the engines may take to acknowledge a version."""
+    """How long the engines may take to acknowledge a version. A broadcast is begun anew, without them, where workers
+    hold it up for a quarter of that."""
 
 
 class EvaluationConfig(Section):

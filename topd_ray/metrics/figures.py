@@ -138,9 +138,9 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
     ),
     "Weights": (
         Figure("weights/bytes", "bytes", "Size of the policy in the rollout engines' dtype."),
-        Figure("weights/chunks", "", "Objects it was put into the store as."),
-        Figure("weights/overhead", "", "Bytes stored over that size."),
-        Figure("weights/seconds_pack", "seconds", "Learner: until all is packed and in the store."),
+        Figure("weights/chunks", "", "Pieces it was packed in."),
+        Figure("weights/overhead", "", "Packed bytes over that size."),
+        Figure("weights/seconds_pack", "seconds", "Learner: until all is packed, and can be had."),
         Figure("weights/seconds_fetch", "seconds", "Rollout worker: until all is fetched and checked, mean."),
         Figure("weights/fetch_bytes_per_second", "bytes_per_second", "Its rate: over a link, how much of it is used."),
         Figure("weights/seconds_load", "seconds", "Rollout engine: until it serves the new policy, mean."),

@@ -107,6 +107,7 @@ class InlineFleet:
         bundle = self._learner.pack_weights()
         assert bundle is not None, "one rank always packs its weights"
         receipt = self._rollout.update_weights(bundle)
+        assert receipt is not None, "nothing overtakes it in one process"
         self._weight_metrics = weight_metrics(bundle, [receipt])
         return check_receipt(0, [bundle], receipt)
 

@@ -16,8 +16,8 @@ class Channel(Protocol):
         """Make a version ready to be fetched. `tensors` is exhausted, and belongs to the channel."""
         ...
 
-    def fetch(self, bundle: WeightsBundle) -> Delivery | IpcDelivery:
-        """What an engine needs to serve the version of `bundle`.
+    def fetch(self, bundle: WeightsBundle) -> Delivery | IpcDelivery | None:
+        """What an engine needs to serve the version of `bundle`; None if it can only have a newer one now.
 
         Raises WeightSyncError for weights that are not exactly what was sent, as far as they can be read beforehand.
         """

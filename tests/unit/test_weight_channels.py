@@ -1,9 +1,10 @@
-"""Weights through CUDA IPC: where they are refused, and what vLLM is told."""
+"""Weights through CUDA IPC and by broadcast: where they are refused, and what vLLM is told."""
 
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
 
 from topd_ray.actors.store import LocalStore, RayStore
@@ -11,15 +12,16 @@ from topd_ray.config.contradictions import contradictions
 from topd_ray.config.schema import ResourcesConfig, TopdConfig, WeightsConfig
 from topd_ray.errors import ConfigError
 from topd_ray.weights.choice import open_channel
+from topd_ray.weights.group import Group
 from topd_ray.weights.ipc import IpcChannel, update_fields
 from topd_ray.weights.object_store import ObjectStoreChannel
 
 SHARED = {"gpus_per_learner": 0.5, "gpus_per_rollout": 0.25}
 
 
-def refusals(resources: dict[str, Any], **sections: dict[str, Any]) -> list[str]:
+def refusals(resources: dict[str, Any], channel: str = "ipc", **sections: dict[str, Any]) -> list[str]:
     config = TopdConfig.model_validate({"student": {"model": "s"}, "teacher": {"model": "t"}, **sections})
-    changed = {"weights": WeightsConfig(channel="ipc"), "resources": ResourcesConfig(**resources)}
+    changed = {"weights": WeightsConfig(channel=channel), "resources": ResourcesConfig(**resources)}
     return [one.text for one in contradictions(config.model_copy(update=changed)) if "weights.channel" in one.keys]
 
 
@@ -48,11 +50,39 @@ def test_more_than_one_gpu_holds_is_refused() -> None:
     assert "2 learner ranks" in text
 
 
-def test_one_process_is_refused_before_anything_loads() -> None:
-    with pytest.raises(ConfigError, match="found ipc with --inline; right would be object_store"):
-        open_channel(WeightsConfig(channel="ipc"), LocalStore())
+@pytest.mark.parametrize("num_gpus", [0.0, 1.0, 2.0])
+def test_a_broadcast_between_cpus_or_whole_gpus_is_let_through(num_gpus: float) -> None:
+    assert refusals({"gpus_per_learner": num_gpus, "gpus_per_rollout": num_gpus}, "broadcast") == []
+
+
+@pytest.mark.parametrize(
+    ("learner", "rollout", "shown"),
+    [
+        (None, None, "unset GPUs for a learner rank and unset for a rollout worker"),
+        (0.0, 1.0, "0 GPUs for a learner rank and 1 for"),
+        (1.0, 0.0, "1 GPUs for a learner rank and 0 for"),
+        (1.0, 0.5, "1 GPUs for a learner rank and 0.5 for"),
+        (0.0, None, "0 GPUs for a learner rank and unset for"),
+    ],
+)
+def test_a_broadcast_between_other_places_is_refused(learner: float | None, rollout: float | None, shown: str) -> None:
+    (text,) = refusals({"gpus_per_learner": learner, "gpus_per_rollout": rollout}, "broadcast")
+    assert text.startswith(f"found broadcast with {shown}")
+    assert "right would be 0 and 0, or at least 1 and 1, or object_store" in text
+
+
+@pytest.mark.parametrize("channel", ["ipc", "broadcast"])
+def test_one_process_is_refused_before_anything_loads(channel: str) -> None:
+    with pytest.raises(ConfigError, match=f"found {channel} with --inline; right would be object_store"):
+        open_channel(WeightsConfig.model_validate({"channel": channel}), LocalStore())
     assert isinstance(open_channel(WeightsConfig(channel="ipc"), RayStore()), IpcChannel)
     assert isinstance(open_channel(WeightsConfig(), LocalStore()), ObjectStoreChannel)
+
+
+def test_a_group_over_nccl_without_a_gpu_says_so() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="through NCCL, and this process sees no GPU"):
+            Group("nccl", HashStore(), rank=0, size=1, address="", seconds=1.0)
 
 
 def test_vllm_takes_what_it_is_told() -> None:

@@ -1,0 +1,105 @@
+"""Weights by broadcast between processes, over gloo: workers come, go, die and hang in the middle of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.weight_worker import TIMEOUT, Worker, open_end, tensors
+from topd_ray.errors import WeightSyncError
+from topd_ray.weights.broadcast import BroadcastChannel
+from topd_ray.weights.bundle import WeightsBundle
+from topd_ray.weights.checksum import fingerprint
+from topd_ray.weights.rounds import GATHER_SECONDS, PAUSE_SECONDS
+
+SLACK = 3.0
+"""Seconds that a busy machine may add."""
+
+
+@pytest.fixture(scope="module")
+def learner() -> BroadcastChannel:
+    return open_end()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[], Worker]]:
+    made: list[Worker] = []
+
+    def make() -> Worker:
+        made.append(Worker())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill()
+
+
+def generation(learner: BroadcastChannel) -> int:
+    assert learner._sender is not None
+    return learner._sender._generation
+
+
+def served(workers: list[Worker], bundle: WeightsBundle) -> bool:
+    for one in workers:
+        one.ask(bundle)
+    return [one.answer()[0] for one in workers] == [bundle.checksum] * len(workers)
+
+
+def test_workers_that_stay_keep_their_group_and_others_get_one(learner, make):
+    workers = [make(), make()]
+    groups = []
+    for version in (1, 2, 3):
+        bundle = learner.send(version, tensors(version))
+        assert bundle.checksum == fingerprint(tensors(version)).checksum
+        assert served(workers, bundle)
+        groups.append(generation(learner))
+    assert groups == [groups[0]] * 3
+    workers[0].kill()
+    workers[0] = make()
+    assert served(workers[:1], bundle), "the newest version, which the other one serves already"
+    assert generation(learner) == groups[0] + 1
+    for version in (4, 5):
+        assert served(workers, learner.send(version, tensors(version)))
+        assert generation(learner) == groups[0] + 2
+
+
+@pytest.mark.parametrize(("order", "limit"), [("die", 0.0), ("fail", TIMEOUT / 4), ("stop", TIMEOUT / 4)])
+def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, make, order, limit):
+    lost, other = make(), make()
+    assert served([lost, other], learner.send(1, tensors(1)))
+    bundle = learner.send(2, tensors(2))
+    lost.ask(bundle, order)
+    other.ask(bundle)
+    found, seconds = other.answer()
+    assert found == bundle.checksum
+    assert seconds < limit + PAUSE_SECONDS + SLACK
+    assert served([other], learner.send(3, tensors(3)))
+
+
+def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make):
+    lost, other = make(), make()
+    old = learner.send(1, tensors(1))
+    lost.ask(old, "stop")
+    other.ask(old)
+    time.sleep(0.5)
+    started = time.monotonic()
+    new = learner.send(2, tensors(2))
+    assert time.monotonic() - started < TIMEOUT / 8
+    found, seconds = other.answer()
+    assert found is None, "it is told that a newer version has overtaken what it could not receive"
+    assert TIMEOUT / 4 - 1.0 < seconds < TIMEOUT / 4 + GATHER_SECONDS + PAUSE_SECONDS + SLACK
+    assert served([other], new)
+
+
+def test_an_altered_version_and_a_learner_that_does_not_answer(learner):
+    bundle = learner.send(2, tensors(2))
+    (first, *others) = bundle.content.parcels
+    foreign = replace(first, fingerprint=replace(first.fingerprint, checksum=first.fingerprint.checksum ^ 1))
+    worker = open_end()
+    with pytest.raises(WeightSyncError, match="chunk 0 of version 2 of the weights was altered on its way"):
+        worker.fetch(replace(bundle, content=replace(bundle.content, parcels=(foreign, *others))))
+    assert fingerprint(worker.fetch(bundle).tensors).checksum == bundle.checksum
+    nowhere = replace(bundle, content=replace(bundle.content, desk=replace(bundle.content.desk, port=1)))
+    with pytest.raises(WeightSyncError, match=r"the learner at 127\.0\.0\.1:1 did not .* weights\.timeout_seconds=1 s"):
+        open_end(timeout_seconds=1.0).fetch(nowhere)

@@ -1,0 +1,90 @@
+"""A process group for one thing: bytes from its rank 0 to all others, over gloo or NCCL.
+
+It is made on a store of its own and is not torch's default group, which the learner ranks (DeepSpeed) and the engines
+(vLLM) use for themselves. The NCCL side has never run: it is written against torch 2.13's ProcessGroupNCCL, and what
+is open is how it gets on with the other communicators of the same process, which work at the same time, and how soon
+it lets go of a member that is gone.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+Backend = Literal["gloo", "nccl"]
+
+
+class Group:
+    """One member's end. All members are made at the same time, with the same `store`, which no other group uses.
+
+    `address` is this node's, for gloo; NCCL finds its own way. RuntimeError if a member does not come within
+    `seconds`.
+    """
+
+    def __init__(self, backend: Backend, store: Store, *, rank: int, size: int, address: str, seconds: float) -> None:
+        self._is_root = rank == 0
+        self._on_gpu = backend == "nccl"
+        self._timeout = timedelta(seconds=seconds)
+        self._how: Any = dist.BroadcastOptions()
+        self._how.rootRank = 0
+        self._how.rootTensor = 0
+        self._how.timeout = self._timeout
+        make = _nccl_group if self._on_gpu else _gloo_group
+        self._group = make(store, rank, size, address, self._timeout)
+
+    def broadcast(self, octets: NDArray[np.uint8]) -> None:
+        """Send rank 0's `octets`, or overwrite these with them: equally many on all ranks, and in host memory.
+
+        RuntimeError if a member is gone, or not all take part within the group's seconds; close the group then.
+        """
+        host = torch.from_numpy(octets)
+        if not self._on_gpu:
+            self._group.broadcast([host], self._how).wait()
+            return
+        device = host.to("cuda") if self._is_root else torch.empty_like(host, device="cuda")
+        self._group.broadcast([device], self._how).wait(self._timeout)  # with a limit, it also waits on this thread
+        if not self._is_root:
+            host.copy_(device)
+
+    def close(self) -> None:
+        """Break off what is on its way and hang up."""
+        self._group.abort()
+
+
+def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
+    """Its communicator is made without blocking, so that a member that dies meanwhile is noticed."""
+    if not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise RuntimeError("the learner sends its weights through NCCL, and this process sees no GPU")
+    options: Any = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    options.config.blocking = 0
+    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # or a member that dies takes the others' processes along
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
