@@ -24,7 +24,7 @@ BEFORE = "before"
 NAMES = {"opd": "OPD", "topd": "TOPD", "identity": "TOPD, the identity as plan"}
 PAPER = {"rollout": 0.538, "opd": 0.350, "topd": 0.204, "ratio": 0.204 / 0.350}
 """The paper's figure 5; it does not say whether its "before" is the rollout's own window, or drawn again."""
-COLOURS = {"opd": BLUE, "topd": RED, "identity": "#edae49"}
+COLOURS = {"opd": RED, "topd": BLUE, "identity": "#edae49"}
 Kind = Literal["distance", "greedy", "start"]
 
 
