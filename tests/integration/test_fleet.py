@@ -293,6 +293,24 @@ def wait_until_freed(handle: ray.ObjectRef) -> None:
             time.sleep(0.1)
 
 
+def test_a_rollout_worker_continues_prefixes_for_a_teacher(
+    fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it is lost meanwhile, what was to be guided is unreadable, and the next one does it."""
+    monkeypatch.setattr(fleet, "_config", config_of("", "near_future.student_window=resample"))
+    (item,) = guide(fleet, 0, write(fleet, 0, "p1"))
+    assert item.trajectory_id == "p1/0/0" and (orders.folder / "teacher-resampled").exists()
+    chunks = write(fleet, 0, "p2")
+    orders("rollout-continue_prefixes", "once die")
+    fleet.guide(0, chunks, 0.5)
+    events = hear(fleet, some(GuideUnreadable, Lost))
+    (unreadable,) = [event for event in events if isinstance(event, GuideUnreadable)]
+    assert unreadable == GuideUnreadable(teacher=0, sources=tuple(chunks))
+    assert [event.role for event in events if isinstance(event, Lost)] == ["rollout"]
+    chunks = write(fleet, 1, "p3")
+    assert [one.trajectory_id for one in guide(fleet, 0, chunks)] == ["p3/0/0"]
+
+
 def test_what_a_lost_worker_held_is_unreadable(fleet: RayFleet, orders: Orders) -> None:
     """Of a teacher, when the ranks are to learn from it; of a rollout worker, when a teacher is to read it."""
     (chunk,), (other,) = write(fleet, 0, "p1"), write(fleet, 1, "p2")
@@ -415,21 +433,3 @@ def test_a_worker_that_cannot_be_set_up(started: Callable[..., RayFleet], orders
     )
     with pytest.raises(RolloutError, match=message + "the last time: The actor died unexpectedly"):
         started("faults.max_restarts=1")
-
-
-def test_a_rollout_worker_continues_prefixes_for_a_teacher(
-    fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If it is lost meanwhile, what was to be guided is unreadable, and the next one does it."""
-    monkeypatch.setattr(fleet, "_config", config_of("", "near_future.student_window=resample"))
-    (item,) = guide(fleet, 0, write(fleet, 0, "p1"))
-    assert item.trajectory_id == "p1/0/0" and (orders.folder / "teacher-resampled").exists()
-    chunks = write(fleet, 0, "p2")
-    orders("rollout-continue_prefixes", "once die")
-    fleet.guide(0, chunks, 0.5)
-    events = hear(fleet, some(GuideUnreadable, Lost))
-    (unreadable,) = [event for event in events if isinstance(event, GuideUnreadable)]
-    assert unreadable == GuideUnreadable(teacher=0, sources=tuple(chunks))
-    assert [event.role for event in events if isinstance(event, Lost)] == ["rollout"]
-    chunks = write(fleet, 1, "p3")
-    assert [one.trajectory_id for one in guide(fleet, 0, chunks)] == ["p3/0/0"]
