@@ -68,6 +68,7 @@ PICTURE = "local-correction.png"
 UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
     *("data.heldout", "data.arithmetic.num_heldout", "near_future.quantile_window", "near_future.plan"),
+    *("near_future.student_window", "near_future.guidance_context"),
     *(
         "objective.method",
         "objective.cap",
