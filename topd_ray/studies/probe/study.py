@@ -143,8 +143,9 @@ def tables(figures: Figures) -> list[Table]:
         lines.append((f"median distance, {name}", shown(figures.median_distance[kind]), paper))
         lines.append((f"mean distance, {name}", shown(figures.mean_distance[kind]), "-"))
         lines.append((f"distance 0, {name}", shown(figures.zero_share[kind], "%"), "-"))
+    alarms = figures.false_alarm_share if figures.low_quartile.value > 0.0 else None
     share = shown(PAPER["false_alarm_share"], "%", 4)
-    lines.append(("false alarms among high-loss positions", shown(figures.false_alarm_share, "%"), share))
+    lines.append(("false alarms among high-loss positions", shown(alarms, "%"), share))
     over = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}
     for name, values in (("Pearson", figures.pearson), ("Spearman", figures.spearman)):
         paper = shown(PAPER[name.lower()])
