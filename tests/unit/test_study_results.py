@@ -12,6 +12,7 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.data.arrow import trajectories_to_batch
 from topd_ray.data.schedule import rollout_requests
 from topd_ray.errors import ConfigError
+from topd_ray.provenance import UNKNOWN, commit
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import CONFIG, Results, claim_folder, load_results, save_results
 from topd_ray.studies.rollouts import Rollouts
@@ -59,6 +60,7 @@ def test_results_are_read_as_they_were_written_with_their_origin(tmp_path: Path)
             command="topd probe jobs/demo.yaml",
             seeds=[0],
             seconds=1.5,
+            commits={"abc"},
             figures={"median": median.to_json()},
             notes=["one"],
             config=dump_config(demo()),
@@ -100,6 +102,7 @@ def test_parts_are_whole_or_missing(tmp_path: Path) -> None:
     assert again.read(1).equals(table(1), check_metadata=True)
     assert again.read_all().column("value").to_pylist() == [0, 0, 1, 1, 2, 2]
     assert 0.0 <= again.seconds() < 5.0
+    assert again.commits() == {commit() or UNKNOWN}
 
 
 def test_a_torn_part_is_named(tmp_path: Path) -> None:

@@ -84,6 +84,10 @@ class Rollouts:
         """What drawing them took, the loading of the model included."""
         return self._parts.seconds()
 
+    def commits(self) -> set[str]:
+        """Of the source that drew them."""
+        return self._parts.commits()
+
 
 def first_requests(
     config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", num: int, say: Say

@@ -123,6 +123,7 @@ def _conclude(
         command=command,
         seeds=[config.run.seed],
         seconds=rollouts.seconds() + rows.seconds(),
+        commits=rollouts.commits() | rows.commits(),
         figures={**figures.to_json(), "paper": PAPER, "examples": [one.to_json() for one in examples]},
         tables=tables(figures),
         pictures=draw_pictures(out, probed, figures),
