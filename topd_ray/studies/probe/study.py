@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from topd_ray.actors.parts import threads
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
 from topd_ray.engines.checkpoint import read_embedding
-from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
+from topd_ray.studies.futures import open_teacher
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe.examples import examples_page, find_examples
@@ -73,15 +72,7 @@ def _look(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", rollouts: Ro
     rows.begin()
     say(f"loading {config.teacher.model}, which looks ahead")
     owner = config.teacher if config.near_future.embedding == "teacher" else config.student
-    window = config.near_future.window
-    with TeacherEngine(
-        config.teacher,
-        temperature=config.rollout.temperature,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens + window,
-        window=window,
-        threads=threads(config, "teacher"),
-        seed=config.run.seed,
-    ) as engine:
+    with open_teacher(config) as engine:
         prober = Prober(
             config.near_future,
             engine,
