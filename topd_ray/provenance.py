@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+UNKNOWN = "unknown"
+"""Stands for a commit that was not kept, or outside of a git checkout."""
+
 
 def commit() -> str | None:
     """The commit of the source that runs, with a plus if it was changed since; None outside of a git checkout."""

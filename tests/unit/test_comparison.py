@@ -30,6 +30,7 @@ def learning(marks_P: Floats, tokens: int = 1000) -> Learning:
         sampled_after_P=marks_P,
         teacher=1.0,
         seconds=3.0,
+        commit="abc",
         scored_tokens=tokens,
         num_windows=0,
     )

@@ -312,3 +312,17 @@ def test_too_few_points_are_said_and_get_no_interval(config: TopdConfig, point: 
     assert [note for note in notes if note.startswith("No intervals: 3 points")]
     assert [note for note in notes if note.startswith("2 candidates left out")]
     draw_picture(tmp_path / "few.png", rows, figures, 1.0)
+
+
+@pytest.mark.parametrize("field", ["near_future.guidance_context=teacher", "near_future.student_window=resample"])
+def test_targets_lie_along_the_window_wherever_training_guides(
+    config: TopdConfig, distances_of: Distances, point: Point, field: str
+) -> None:
+    name, value = field.removeprefix("near_future.").split("=")
+    near_future = config.near_future.model_copy(update={name: value})
+    elsewhere = config.model_copy(update={"near_future": near_future})
+    look_ahead = window_look_ahead(elsewhere, distances_of, None)  # type: ignore[arg-type]
+    asked = as_asked(point.window.trajectory, point.window.scores, point.teacher_ids)
+    (window,) = look_ahead.fold([asked], GUIDES_ALWAYS)
+    assert window.targets.num_guided == WINDOW and not len(window.branches.positions)
+    assert unfold(window.targets) == unfold(point.window.targets)

@@ -20,6 +20,7 @@ from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.probe.examples import Example, examples_page, find_examples
 from topd_ray.studies.probe.figures import Figures, Probed, false_alarm_share, find_figures
 from topd_ray.studies.probe.rows import SCHEMA, choose_positions, coarse_entropy, position_costs
+from topd_ray.studies.probe.study import tables
 from topd_ray.studies.results import claim_folder
 from topd_ray.types import Trajectory
 
@@ -137,6 +138,7 @@ def test_identical_low_loss_futures_make_the_papers_share_empty_and_that_is_said
     found = figures_of(rows)
     assert found.false_alarm_share.value == 0.0
     assert any("upper quartile of the low-loss distances is 0" in note for note in found.notes)
+    assert ("false alarms among high-loss positions", "-", "29.23 %") in tables(found)[0].rows
 
 
 def test_a_kind_without_positions_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from topd_ray.config.load import dump_config, load_config
 from topd_ray.errors import ConfigError
+from topd_ray.provenance import UNKNOWN, commit
 from topd_ray.studies.report import write_report
 from topd_ray.studies.results import Results, save_results
 from topd_ray.studies.statistics import Interval
@@ -15,7 +16,7 @@ from topd_ray.studies.tables import Table, shown
 TABLE = Table(title="Distances", columns=("positions", "ours", "paper"), rows=[("high | loss", "0.5", "0.566")])
 
 
-def save(folder: Path, study: str) -> None:
+def save(folder: Path, study: str, commits: tuple[str, ...] = ("abc",)) -> None:
     save_results(
         folder,
         Results(
@@ -23,6 +24,7 @@ def save(folder: Path, study: str) -> None:
             command=f"topd {study} jobs/demo.yaml",
             seeds=(0, 1),
             seconds=120.0,
+            commits=commits,
             figures={"median": Interval(value=0.5, low=None, high=None, n=3).to_json()},
             tables=[TABLE],
             pictures=["scatter.png"],
@@ -63,6 +65,14 @@ def test_the_page_holds_every_study_in_order_with_its_reading(tmp_path: Path) ->
     assert "](../studies/probe/scatter.png)" in page and "- too few positions for an interval: 3" in page
     assert "`topd probe jobs/demo.yaml`" in page and "seeds 0, 1, 2 minutes" in page
     assert "student `topd_ray/demo/pair/student`" in page
+
+
+def test_the_page_says_whose_rows_are_of_another_commit(tmp_path: Path) -> None:
+    here = commit() or UNKNOWN
+    for name, commits, text in (("one", (here,), f"commit {here}, seeds"), ("two", ("b", "a"), "rows of commit a, b,")):
+        save(tmp_path / name / "probe", "probe", commits)
+        write_report(tmp_path / name, tmp_path / f"{name}.md")
+        assert text in (tmp_path / f"{name}.md").read_text()
 
 
 def test_no_study_and_a_torn_one_are_refused(tmp_path: Path) -> None:

@@ -3,15 +3,21 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from topd_ray.config.load import dump_config, load_config
 from topd_ray.config.schema import TopdConfig
+from topd_ray.data.arrow import trajectories_to_batch
+from topd_ray.data.schedule import rollout_requests
 from topd_ray.errors import ConfigError
+from topd_ray.provenance import UNKNOWN, commit
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import CONFIG, Results, claim_folder, load_results, save_results
+from topd_ray.studies.rollouts import Rollouts
 from topd_ray.studies.statistics import Interval
+from topd_ray.types import Prompt, Trajectory
 
 
 def demo(*overrides: str) -> TopdConfig:
@@ -54,6 +60,7 @@ def test_results_are_read_as_they_were_written_with_their_origin(tmp_path: Path)
             command="topd probe jobs/demo.yaml",
             seeds=[0],
             seconds=1.5,
+            commits={"abc"},
             figures={"median": median.to_json()},
             notes=["one"],
             config=dump_config(demo()),
@@ -95,6 +102,7 @@ def test_parts_are_whole_or_missing(tmp_path: Path) -> None:
     assert again.read(1).equals(table(1), check_metadata=True)
     assert again.read_all().column("value").to_pylist() == [0, 0, 1, 1, 2, 2]
     assert 0.0 <= again.seconds() < 5.0
+    assert again.commits() == {commit() or UNKNOWN}
 
 
 def test_a_torn_part_is_named(tmp_path: Path) -> None:
@@ -102,3 +110,24 @@ def test_a_torn_part_is_named(tmp_path: Path) -> None:
     (tmp_path / "numbers-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=r"numbers-00000\.parquet cannot be read .* delete it"):
         parts.read(0)
+
+
+def test_rollouts_of_fewer_prompts_than_are_asked_for_are_refused(tmp_path: Path) -> None:
+    ids = np.array([5, 6], np.int32)
+    drawn = Trajectory(
+        trajectory_id="p0/0/0",
+        prompt_id="p0",
+        sample_index=0,
+        epoch=0,
+        policy_version=0,
+        finish_reason="stop",
+        prompt_ids=ids,
+        response_ids=ids,
+        behaviour_logprobs=np.array([-0.5, -0.5], np.float32),
+    )
+    prompts = [Prompt(prompt_id=name, token_ids=(5, 6), answer=None) for name in ("p0", "p1")]
+    requests = rollout_requests([(0, prompt) for prompt in prompts], samples=[0], run_seed=0)
+    assert requests[0].trajectory_id == drawn.trajectory_id
+    Parts(tmp_path, "rollouts", 1).write(0, pa.Table.from_batches([trajectories_to_batch([drawn])]))
+    with pytest.raises(ConfigError, match="found none where p1/0/0 is asked for"):
+        Rollouts(tmp_path, requests, 2).read(0)

@@ -39,6 +39,7 @@ from topd_ray.pipeline.interrupt import Interrupt
 from topd_ray.pipeline.plan import Plan, Say, plan_run
 from topd_ray.pipeline.post_mortem import write_post_mortem
 from topd_ray.pipeline.preflight import NUM_PROMPTS, preflight
+from topd_ray.provenance import commit
 from topd_ray.types import Metric, RolloutRequest
 
 
@@ -335,5 +336,6 @@ class Session:
             "trained_tokens": self._state.trained_tokens,
             "seconds": round(self._state.seconds, 1),
             "driver_payload_bytes": self._state.driver_payload_bytes,
+            "commit": commit(),
         }
         write_whole(self._folder / "summary.json", json.dumps(summary, indent=1) + "\n")

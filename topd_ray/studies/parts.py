@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from topd_ray.errors import ConfigError
+from topd_ray.provenance import UNKNOWN, commit
 
-_SECONDS = b"topd_ray.seconds"
+_SECONDS, _COMMIT = b"topd_ray.seconds", b"topd_ray.commit"
 
 
 class Parts:
@@ -30,9 +31,13 @@ class Parts:
         self._begun = time.monotonic()
 
     def write(self, index: int, table: pa.Table) -> None:
-        """Keep `table`, with the seconds it took, as part `index`."""
+        """Keep `table`, with the seconds it took and the commit that made it, as part `index`."""
         seconds = time.monotonic() - self._begun
-        metadata = {**(table.schema.metadata or {}), _SECONDS: f"{seconds:.3f}".encode()}
+        metadata = {
+            **(table.schema.metadata or {}),
+            _SECONDS: f"{seconds:.3f}".encode(),
+            _COMMIT: (commit() or UNKNOWN).encode(),
+        }
         path = self._path(index)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.tmp")
@@ -45,7 +50,9 @@ class Parts:
     def read(self, index: int) -> pa.Table:
         """Part `index`, as it was written. Raises ConfigError for a file that is none."""
         table = self._read(index)
-        metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != _SECONDS}
+        metadata = {
+            key: value for key, value in (table.schema.metadata or {}).items() if key not in (_SECONDS, _COMMIT)
+        }
         return table.replace_schema_metadata(metadata)
 
     def read_all(self) -> pa.Table:
@@ -55,6 +62,11 @@ class Parts:
     def seconds(self) -> float:
         """What the making of all parts took."""
         return sum(float(pq.read_schema(self._path(index)).metadata[_SECONDS]) for index in range(self._num_parts))
+
+    def commits(self) -> set[str]:
+        """Of the source that made the parts: more than one where a study went on under other code."""
+        found = (pq.read_schema(self._path(index)).metadata for index in range(self._num_parts))
+        return {metadata.get(_COMMIT, UNKNOWN.encode()).decode() for metadata in found}
 
     def _read(self, index: int) -> pa.Table:
         path = self._path(index)

@@ -8,6 +8,7 @@ from typing import Any
 from topd_ray.config import yaml12
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.checkpoint import write_whole
+from topd_ray.provenance import UNKNOWN
 from topd_ray.studies.results import RESULTS, load_results
 from topd_ray.studies.tables import Table
 
@@ -60,7 +61,12 @@ def _provenance(document: Mapping[str, Any]) -> str:
     config = yaml12.parse(document["config"], RESULTS)
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
     return (
-        f"`{document['command']}`, commit {document['commit']}, seeds {', '.join(map(str, seeds))}, "
+        f"`{document['command']}`, {_commits(document)}, seeds {', '.join(map(str, seeds))}, "
         f"{document['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {place}; "
         f"student `{config['student']['model']}`, teacher `{config['teacher']['model']}`; {packages}."
     )
+
+
+def _commits(document: Mapping[str, Any]) -> str:
+    made, shown = document.get("commits", [UNKNOWN]), document["commit"] or UNKNOWN
+    return f"commit {shown}" if made == [shown] else f"rows of commit {', '.join(made)}, figures of {shown}"

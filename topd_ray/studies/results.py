@@ -4,7 +4,7 @@ results.json is meant to be committed: docs/results.md is made from it, and from
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Results:
     seeds: Sequence[int]
     seconds: float
     """of the study's work, all sessions"""
+    commits: Collection[str]
+    """of the source that made the rows or runs: those of earlier sessions stay, whatever has changed since"""
     figures: Mapping[str, Any]
     """by name; one with an interval is {"value", "low", "high", "n"} (see statistics.Interval)"""
     tables: Sequence[Table] = ()
@@ -73,9 +75,15 @@ def claim_folder(folder: Path, config: TopdConfig, ignore: Sequence[str] = ()) -
 
 
 def save_results(folder: Path, results: Results) -> Path:
-    """Write results.json, with the commit, the versions and the machine it was found on."""
+    """Write results.json, with the commit, the versions and the machine on which the figures were computed."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {**asdict(results), "commit": commit(), "versions": versions(), "machine": machine()}
+    document = {
+        **asdict(results),
+        "commits": sorted(results.commits),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
     path = folder / RESULTS
     write_whole(path, json.dumps(document, indent=1) + "\n")
     return path

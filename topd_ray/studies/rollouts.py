@@ -1,6 +1,7 @@
 """Student rollouts for a study: those that training with the same config would draw first, kept as Parquet."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,16 +73,20 @@ class Rollouts:
         wanted = [one.trajectory_id for one in self._requests[index]]
         found = [one.trajectory_id for one in trajectories]
         if found != wanted:
-            differing = next(pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1])
+            there, here = next(pair for pair in zip_longest(found, wanted, fillvalue="none") if pair[0] != pair[1])
             raise ConfigError(
-                f"rollouts of part {index}: found {differing[0]} where {differing[1]} is asked for now: the prompts "
-                "are others than when these were drawn; right would be an empty folder (--out)"
+                f"rollouts of part {index}: found {there} where {here} is asked for now: the prompts are others than "
+                "when these were drawn; right would be an empty folder (--out)"
             )
         return trajectories
 
     def seconds(self) -> float:
         """What drawing them took, the loading of the model included."""
         return self._parts.seconds()
+
+    def commits(self) -> set[str]:
+        """Of the source that drew them."""
+        return self._parts.commits()
 
 
 def first_requests(

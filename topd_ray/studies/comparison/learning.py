@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from topd_ray.errors import DataError
 from topd_ray.metrics.step_lines import read_lines
+from topd_ray.provenance import UNKNOWN
 
 Floats = NDArray[np.float64]
 
@@ -44,6 +45,8 @@ class Learning:
     """its pass@1, where the run evaluated it"""
     seconds: float
     """of the run, evaluations included"""
+    commit: str
+    """of the source that ended it"""
     scored_tokens: int
     """by the teacher"""
     num_windows: int
@@ -86,6 +89,7 @@ def read_learning(folder: Path) -> Learning:
         sampled_after_P=sampled["after_sampled"],
         teacher=summary["accuracy"].get("teacher"),
         seconds=summary["seconds"],
+        commit=summary.get("commit") or UNKNOWN,
         scored_tokens=int(_total(updates, "teacher/tokens")),
         num_windows=round(_windows(updates)),
     )

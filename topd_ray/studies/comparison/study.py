@@ -80,6 +80,7 @@ def report(
         command=command,
         seeds=config.studies.arms.seeds,
         seconds=round(sum(one.seconds for of_arm in learnings.values() for one in of_arm.values()), 1),
+        commits={one.commit for of_arm in learnings.values() for one in of_arm.values()},
         figures=figures,
         tables=tables(figures),
         pictures=draw(figures, folder),

@@ -128,9 +128,10 @@ def find_points(config: TopdConfig, folder: Path, say: Say) -> tuple[list[Point]
 
 
 def window_look_ahead(config: TopdConfig, distances_of: Distances, teacher: TeacherEngine) -> LookAhead:
-    """Looks ahead, and folds the targets of transport plans, whatever method and plan the config trains with."""
+    """Looks ahead, and folds targets of transport plans along the student's window, whatever the config trains with."""
     objective = config.objective.model_copy(update={"method": "topd", "cap": "none"})
-    near_future = config.near_future.model_copy(update={"plan": "transport"})
+    along = {"plan": "transport", "student_window": "reuse", "guidance_context": "student"}
+    near_future = config.near_future.model_copy(update=along)
     return LookAhead(near_future, objective, distances_of.embedding_VD, teacher, config.run.seed)
 
 

@@ -68,6 +68,7 @@ PICTURE = "local-correction.png"
 UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
     *("data.heldout", "data.arithmetic.num_heldout", "near_future.quantile_window", "near_future.plan"),
+    *("near_future.student_window", "near_future.guidance_context"),
     *(
         "objective.method",
         "objective.cap",
@@ -127,7 +128,7 @@ def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -
     measured = Parts(folder / "rows", "corrected", math.ceil(len(points) / POINTS_A_PART))
     _measure(config, measured, points, say)
     rows = [Row(**values) for values in measured.read_all().to_pylist()]
-    results = _conclude(config, folder, command, points, counts, rows, found.seconds() + measured.seconds())
+    results = _conclude(config, folder, command, points, counts, rows, [found, measured])
     for table in results.tables:
         say(f"\n{table.text()}\n")
     for note in results.notes:
@@ -257,7 +258,7 @@ def _conclude(
     points: Sequence[Point],
     counts: Counts,
     rows: Sequence[Row],
-    seconds: float,
+    made: Sequence[Parts],
 ) -> Results:
     rate, rates = learning_rates(config)
     figures: dict[str, Any] = figures_of(points, rows, rates, rate)
@@ -267,7 +268,8 @@ def _conclude(
         study=STUDY,
         command=command,
         seeds=[config.run.seed],
-        seconds=seconds,
+        seconds=sum(parts.seconds() for parts in made),
+        commits=set.union(*(parts.commits() for parts in made)),
         figures=_plain({**asdict(counts), "learning_rate": rate, "paper": PAPER, **figures}),
         tables=tables,
         pictures=[PICTURE],

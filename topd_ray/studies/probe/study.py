@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from topd_ray.actors.parts import threads
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
 from topd_ray.engines.checkpoint import read_embedding
-from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
+from topd_ray.studies.futures import open_teacher
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe.examples import examples_page, find_examples
@@ -73,15 +72,7 @@ def _look(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", rollouts: Ro
     rows.begin()
     say(f"loading {config.teacher.model}, which looks ahead")
     owner = config.teacher if config.near_future.embedding == "teacher" else config.student
-    window = config.near_future.window
-    with TeacherEngine(
-        config.teacher,
-        temperature=config.rollout.temperature,
-        max_model_len=config.data.max_prompt_tokens + config.rollout.max_new_tokens + window,
-        window=window,
-        threads=threads(config, "teacher"),
-        seed=config.run.seed,
-    ) as engine:
+    with open_teacher(config) as engine:
         prober = Prober(
             config.near_future,
             engine,
@@ -123,6 +114,7 @@ def _conclude(
         command=command,
         seeds=[config.run.seed],
         seconds=rollouts.seconds() + rows.seconds(),
+        commits=rollouts.commits() | rows.commits(),
         figures={**figures.to_json(), "paper": PAPER, "examples": [one.to_json() for one in examples]},
         tables=tables(figures),
         pictures=draw_pictures(out, probed, figures),
@@ -143,8 +135,9 @@ def tables(figures: Figures) -> list[Table]:
         lines.append((f"median distance, {name}", shown(figures.median_distance[kind]), paper))
         lines.append((f"mean distance, {name}", shown(figures.mean_distance[kind]), "-"))
         lines.append((f"distance 0, {name}", shown(figures.zero_share[kind], "%"), "-"))
+    alarms = figures.false_alarm_share if figures.low_quartile.value > 0.0 else None
     share = shown(PAPER["false_alarm_share"], "%", 4)
-    lines.append(("false alarms among high-loss positions", shown(figures.false_alarm_share, "%"), share))
+    lines.append(("false alarms among high-loss positions", shown(alarms, "%"), share))
     over = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}
     for name, values in (("Pearson", figures.pearson), ("Spearman", figures.spearman)):
         paper = shown(PAPER[name.lower()])
