@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from topd_ray.config.load import dump_config, load_config
@@ -77,6 +78,17 @@ def test_results_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"study": "probe"})[:-1])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_results(tmp_path)
+    for other in ({"study": "probe"}, []):
+        (tmp_path / "results.json").write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match=r"found no .*tables"):
+            load_results(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"cannot be written .* right would be another folder \(--out\)"):
+            claim_folder(folder, demo())
 
 
 def table(value: int) -> pa.Table:
@@ -84,11 +96,11 @@ def table(value: int) -> pa.Table:
 
 
 def test_parts_are_whole_or_missing(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "rows", "numbers", 3)
+    parts = Parts(tmp_path / "rows", "numbers", 3, ["value"])
     assert parts.missing() == [0, 1, 2]
     parts.write(1, table(1))
     (tmp_path / "rows" / ".numbers-00000.parquet.tmp").write_bytes(b"half of a part")
-    again = Parts(tmp_path / "rows", "numbers", 3)
+    again = Parts(tmp_path / "rows", "numbers", 3, ["value"])
     assert again.missing() == [0, 2]
     again.write(0, table(0))
     again.write(2, table(2))
@@ -98,7 +110,18 @@ def test_parts_are_whole_or_missing(tmp_path: Path) -> None:
 
 
 def test_a_torn_part_is_named(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, "numbers", 1)
+    parts = Parts(tmp_path, "numbers", 1, ["value"])
     (tmp_path / "numbers-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=r"numbers-00000\.parquet cannot be read .* delete it"):
         parts.read(0)
+
+
+def test_a_part_of_another_schema_is_named(tmp_path: Path) -> None:
+    Parts(tmp_path, "numbers", 1, ["value"]).write(0, table(0))
+    with pytest.raises(
+        ConfigError, match=r"numbers-00000\.parquet: found columns value .* right would be value, unit;"
+    ):
+        Parts(tmp_path, "numbers", 1, ["value", "unit"]).read(0)
+    pq.write_table(table(0), tmp_path / "numbers-00000.parquet")
+    with pytest.raises(ConfigError, match="of another version or program"):
+        Parts(tmp_path, "numbers", 1, ["value"]).read(0)

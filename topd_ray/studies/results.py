@@ -48,13 +48,16 @@ class Results:
 def claim_folder(folder: Path, config: TopdConfig, ignore: Sequence[str] = ()) -> None:
     """Make `folder` this config's, or go on in it.
 
-    Raises ConfigError where it is another config's, naming the first fields that differ; those below a dotted key in
-    `ignore` may. A field that is newer than the folder counts as having had its default there.
+    Raises ConfigError where it is another config's, naming the first fields that differ (those below a dotted key in
+    `ignore` may), or cannot be written. A field that is newer than the folder counts as having had its default there.
     """
     path = folder / CONFIG
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, dump_config(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, dump_config(config))
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written ({error}); right would be another folder (--out)") from error
         return
     found = _flat(load_config(path).model_dump(mode="json"))
     mine = _flat(config.model_dump(mode="json"))
@@ -82,13 +85,18 @@ def save_results(folder: Path, results: Results) -> Path:
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """The document that `save_results` wrote. Raises ConfigError where there is none, or it is not JSON."""
+    """The document that `save_results` wrote. Raises ConfigError where there is none, or it is another."""
     path = folder / RESULTS
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); right would be a folder in which a study ended") from error
-    return document
+    wanted = [*Results.__dataclass_fields__, "commit", "versions", "machine"]
+    lacking = [key for key in wanted if not isinstance(document, dict) or key not in document]
+    if lacking:
+        raise ConfigError(f"{path}: found no {', '.join(lacking)}; right would be a folder in which a study ended")
+    read: dict[str, Any] = document
+    return read
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

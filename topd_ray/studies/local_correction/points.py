@@ -34,6 +34,7 @@ ROLLOUTS_A_PART = 64
 COUNTS = b"topd_ray.counts"
 EXTRA = ("distance", "teacher_again", "label")
 """What a point has besides its window."""
+POINT_COLUMNS = (*GUIDED_SCHEMA.names, *EXTRA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
