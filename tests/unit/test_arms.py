@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from topd_ray.config.load import dump_config, load_config
+from topd_ray.config.load import dump_config, load_config, overridden
 from topd_ray.config.schema import TopdConfig
 from topd_ray.config.study_schema import ArmsConfig
 from topd_ray.errors import ConfigError
 from topd_ray.studies.comparison.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
 from topd_ray.studies.comparison.runs import StudyRun, plan_runs
+from topd_ray.studies.comparison.study import compare_arms
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "jobs" / "demo.yaml"
@@ -73,6 +74,19 @@ def test_the_sweep_is_relative_to_the_config(demo: TopdConfig) -> None:
     assert {"candidates-0.05", "candidates-0.2", "candidates-0.4"} <= names
     (more,) = [arm for arm in sweep(demo) if arm.name == "opd-more-rollouts"]
     assert "rollout.prompts_per_step=115" in more.overrides, "64 x (1 + 0.1 x 8)"
+
+
+def test_multiples_that_are_the_same_number_are_one_arm(demo: TopdConfig) -> None:
+    names = [arm.name for arm in sweep(overridden(demo, ["near_future.candidate_fraction=0.5"]))]
+    assert len(set(names)) == len(names) and "candidates-1" in names
+
+
+def test_a_refused_study_leaves_its_folder_to_the_next(demo: TopdConfig, tmp_path: Path) -> None:
+    out = tmp_path / "ablation"
+    for wrong in ("run.steps=null", "data.train=nowhere.jsonl"):
+        with pytest.raises(ConfigError):
+            compare_arms("ablation", overridden(demo, [wrong]), out, print, command="")
+        assert not out.exists()
 
 
 def test_only_and_more(demo: TopdConfig) -> None:

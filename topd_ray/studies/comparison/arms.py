@@ -53,7 +53,7 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
     Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/10, 1/3, 10/3; the
     window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
     """
-    return (
+    arms = (
         _arm(OPD, "per-token distillation", *_OPD),
         _arm(TOPD, "as configured", *_TOPD),
         *_numbers(config),
@@ -68,6 +68,7 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
         _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
     )
+    return tuple({arm.name: arm for arm in arms}.values())  # multiples of a small or large number may be the same
 
 
 def chosen(arms: Sequence[Arm], settings: ArmsConfig) -> tuple[Arm, ...]:

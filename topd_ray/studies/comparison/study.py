@@ -44,8 +44,8 @@ def compare_arms(study: Study, config: TopdConfig, folder: Path, say: Say, *, co
     settings = config.studies.arms
     arms = chosen(ABLATION if study == "ablation" else sweep(config), settings)
     root = Path(config.run.root) / folder.name
-    claim_folder(folder, config, ignore=("studies.arms",))
     runs = plan_runs(folder / CONFIG, config, arms, root)
+    claim_folder(folder, config, ignore=("studies.arms",))
     say(f"{len(arms)} arms x {len(settings.seeds)} seeds, {settings.runs_at_once} at a time; runs in {root}/")
     failures = carry_out(runs, settings.runs_at_once, say)
     shown = ""

@@ -54,6 +54,7 @@ from topd_ray.studies.local_correction.points import (
     Point,
     as_asked,
     find_points,
+    point_requests,
     points_to_table,
     table_to_points,
     window_look_ahead,
@@ -113,10 +114,11 @@ def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -
     point at all, NonFiniteLossError for a learning rate under which the student bursts.
     """
     check_same_vocabulary(config.student, config.teacher)
+    requests = point_requests(config, say)
     claim_folder(folder, config, UNRELATED)
     found = Parts(folder / "rows", "points", 1, POINT_COLUMNS)
     if found.missing():
-        points, counts = find_points(config, folder / "rows", say)
+        points, counts = find_points(config, requests, folder / "rows", say)
         if not points:
             raise DataError(
                 f"{counts.num_candidates} candidates of {counts.num_trajectories} rollouts: none is divergent; right "
