@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from topd_ray.config.load import dump_config, load_config
+from topd_ray.config.load import dump_config, load_config, overridden
 from topd_ray.config.schema import TopdConfig
 from topd_ray.config.study_schema import ArmsConfig
 from topd_ray.errors import ConfigError
 from topd_ray.studies.comparison.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
 from topd_ray.studies.comparison.runs import StudyRun, plan_runs
+from topd_ray.studies.comparison.study import compare_arms
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "jobs" / "demo.yaml"
@@ -75,6 +76,19 @@ def test_the_sweep_is_relative_to_the_config(demo: TopdConfig) -> None:
     assert "rollout.prompts_per_step=115" in more.overrides, "64 x (1 + 0.1 x 8)"
 
 
+def test_multiples_that_are_the_same_number_are_one_arm(demo: TopdConfig) -> None:
+    names = [arm.name for arm in sweep(overridden(demo, ["near_future.candidate_fraction=0.5"]))]
+    assert len(set(names)) == len(names) and "candidates-1" in names
+
+
+def test_a_refused_study_leaves_its_folder_to_the_next(demo: TopdConfig, tmp_path: Path) -> None:
+    out = tmp_path / "ablation"
+    for wrong in ("run.steps=null", "data.train=nowhere.jsonl"):
+        with pytest.raises(ConfigError):
+            compare_arms("ablation", overridden(demo, [wrong]), out, print, command="")
+        assert not out.exists()
+
+
 def test_only_and_more(demo: TopdConfig) -> None:
     mine = {"wide": ("near_future.window=12",)}
     arms = chosen(ABLATION, ArmsConfig(only=(TOPD, "wide"), more=mine))
@@ -107,3 +121,9 @@ def test_several_at_once_run_inline_with_a_thread_each(demo: TopdConfig, tmp_pat
     assert run.command[-1] == "--inline" and run.config.resources.threads_per_learner == 1
     run = planned(demo, ABLATION, tmp_path)["opd-seed0"]
     assert "--inline" not in run.command and run.config.resources.threads_per_learner == 2
+
+
+def test_an_arm_must_not_set_what_the_study_sets() -> None:
+    config = load_config(DEMO, ["studies.arms.more={x: [run.seed=9, near_future.window=4]}"])
+    with pytest.raises(ConfigError, match=r"studies\.arms\.more\.x: found run\.seed, which the study sets itself"):
+        chosen(ABLATION, config.studies.arms)

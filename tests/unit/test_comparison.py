@@ -33,6 +33,7 @@ def learning(marks_P: Floats, tokens: int = 1000) -> Learning:
         commit="abc",
         scored_tokens=tokens,
         num_windows=0,
+        capped=0.0,
     )
 
 
@@ -149,7 +150,8 @@ def test_the_tables_and_the_pictures(opd: list[Floats], tmp_path: Path) -> None:
     (against_topd,) = others.rows
     assert against_topd[0] == "opd" and against_topd[1].startswith(f"{-100 * found['value']:+.1f} [-")
     assert against_topd[2] == "0 of 5"
-    assert order_notes(figures) == ["order here: topd > opd > start", "order in the paper: topd > opd > start"]
+    order = "topd > opd > start"
+    assert order_notes(figures) == [f"order here, whether by much or not: {order}", f"order in the paper: {order}"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in draw(figures, tmp_path))
 
 

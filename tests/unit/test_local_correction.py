@@ -30,7 +30,7 @@ from topd_ray.studies.local_correction.points import (
     Counts,
     Point,
     as_asked,
-    find_points,
+    point_requests,
     points_to_table,
     table_to_points,
     window_look_ahead,
@@ -232,7 +232,7 @@ def test_what_the_targets_teach_is_told(point: Point) -> None:
 def test_a_quantile_that_lets_nothing_diverge_is_refused(config: TopdConfig, tmp_path: Path) -> None:
     near_future = config.near_future.model_copy(update={"false_alarm_quantile": 1.0})
     with pytest.raises(ConfigError, match=r"near_future\.false_alarm_quantile: found 1, which lets nothing diverge"):
-        find_points(config.model_copy(update={"near_future": near_future}), tmp_path, print)
+        point_requests(config.model_copy(update={"near_future": near_future}), print)
 
 
 def test_points_go_through_parquet(point: Point) -> None:

@@ -316,7 +316,7 @@ def test_vocabularies_that_differ_are_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_folder_of_another_config_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    claim_folder(tmp_path, load_config(Path("jobs/demo.yaml"), ["near_future.window=9"]))
+    claim_folder(tmp_path, "probe", load_config(Path("jobs/demo.yaml"), ["near_future.window=9"]))
     message = refused(capsys, "jobs/demo.yaml", "--out", str(tmp_path))
     assert "near_future.window: 9 there, 8 here" in message
 

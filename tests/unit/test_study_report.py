@@ -32,6 +32,7 @@ def save(folder: Path, study: str, commits: tuple[str, ...] = ("abc",)) -> None:
             config=dump_config(load_config(Path("jobs/demo.yaml"))),
         ),
     )
+    (folder / "scatter.png").touch()
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,15 @@ def test_no_study_and_a_torn_one_are_refused(tmp_path: Path) -> None:
     (tmp_path / "probe" / "results.json").write_text(json.dumps({"study": "probe"})[:-3])
     with pytest.raises(ConfigError, match="cannot be read"):
         write_report(tmp_path, tmp_path / "results.md")
+
+
+def test_a_missing_picture_and_a_page_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "studies" / "probe", "probe")
+    (tmp_path / "file").touch()
+    for page in (tmp_path / "studies", tmp_path / "file" / "results.md"):
+        with pytest.raises(ConfigError, match=r"cannot be written .* right would be another page \(--page\)"):
+            write_report(tmp_path / "studies", page)
+    (tmp_path / "studies" / "probe" / "scatter.png").unlink()
+    with pytest.raises(ConfigError, match=r"found no scatter\.png"):
+        write_report(tmp_path / "studies", tmp_path / "results.md")
+    assert not (tmp_path / "results.md").exists()

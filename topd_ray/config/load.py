@@ -11,7 +11,7 @@ from topd_ray.config.text import read_text
 from topd_ray.config.validate import report, shown, validated
 from topd_ray.errors import ConfigError
 
-__all__ = ["check_inputs", "dump_config", "load_config"]
+__all__ = ["check_inputs", "dump_config", "load_config", "overridden"]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TopdConfig:
@@ -21,17 +21,25 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TopdConfig:
     Raises ConfigError with a line for every problem there is: dotted key, what was found, what would be right.
     """
     tree = yaml12.parse(read_text(Path(path)), str(path))
-    tree = {} if tree is None else tree
-    problems = [problem for override in overrides if (problem := _override(tree, override))]
-    config, more = validated(tree)
-    if config is None or problems:
-        raise report(str(path), [*problems, *more])
-    return config
+    return _resolved({} if tree is None else tree, overrides, str(path))
+
+
+def overridden(config: TopdConfig, overrides: Sequence[str]) -> TopdConfig:
+    """`config` with `overrides` put over it. Raises ConfigError as `load_config` does."""
+    return _resolved(config.model_dump(mode="json"), overrides, "its config")
 
 
 def dump_config(config: TopdConfig) -> str:
     """YAML with every field of `config`; `load_config` reads an equal config from it."""
     return yaml12.dump(config.model_dump(mode="json"))
+
+
+def _resolved(tree: Any, overrides: Sequence[str], origin: str) -> TopdConfig:
+    problems = [problem for override in overrides if (problem := _override(tree, override))]
+    config, more = validated(tree)
+    if config is None or problems:
+        raise report(origin, [*problems, *more])
+    return config
 
 
 def _override(tree: Any, override: str) -> str | None:

@@ -70,6 +70,8 @@ def llvmlite_out_of_sight() -> Iterator[None]:
 
 
 def _destroy_groups(*, destroy_default: bool) -> None:
+    if "vllm.distributed.parallel_state" not in sys.modules:
+        return  # Ctrl-C stopped vLLM's import: there are no groups, and it cannot be imported a second time
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +17,12 @@ _SECONDS, _COMMIT = b"topd_ray.seconds", b"topd_ray.commit"
 class Parts:
     """The files `NAME-00000.parquet` and so on of one folder. Making one counts from the end of the one before."""
 
-    def __init__(self, folder: Path, name: str, num_parts: int) -> None:
+    def __init__(self, folder: Path, name: str, num_parts: int, columns: Sequence[str]) -> None:
+        """`columns`: names of those that every part has."""
         self._folder = folder
         self._name = name
         self._num_parts = num_parts
+        self._columns = columns
         self._begun = time.monotonic()
 
     def missing(self) -> list[int]:
@@ -48,7 +51,7 @@ class Parts:
         self.begin()
 
     def read(self, index: int) -> pa.Table:
-        """Part `index`, as it was written. Raises ConfigError for a file that is none."""
+        """Part `index`, as it was written. Raises ConfigError for a file that is none, or has other columns."""
         table = self._read(index)
         metadata = {
             key: value for key, value in (table.schema.metadata or {}).items() if key not in (_SECONDS, _COMMIT)
@@ -71,9 +74,15 @@ class Parts:
     def _read(self, index: int) -> pa.Table:
         path = self._path(index)
         try:
-            return pq.read_table(path)
+            table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise ConfigError(f"{path} cannot be read ({error}); delete it, and it is made again") from error
+        if set(table.column_names) != set(self._columns) or _SECONDS not in (table.schema.metadata or {}):
+            raise ConfigError(
+                f"{path}: found columns {', '.join(table.column_names)} of another version or program, right would be "
+                f"{', '.join(self._columns)}; delete it, and it is made again"
+            )
+        return table
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{self._name}-{index:05d}.parquet"

@@ -25,14 +25,21 @@ their size.
 
 
 def write_report(studies: Path, page: Path) -> list[Path]:
-    """Write `page` from the studies below the folder; returns those in it. Raises ConfigError where there are none."""
+    """Write `page` from the studies below the folder; returns those in it.
+
+    Raises ConfigError where there are none, for results or pictures that are not there whole, and for a page that
+    cannot be written.
+    """
     folders = sorted((path.parent for path in studies.glob(f"*/{RESULTS}")), key=_place)
     if not folders:
         raise ConfigError(f"{studies}: found no */{RESULTS}, right would be a folder in which studies ended")
-    page.parent.mkdir(parents=True, exist_ok=True)
     to_studies = os.path.relpath(studies, page.parent)
     parts = [_section(folder, load_results(folder), f"{to_studies}/{folder.name}") for folder in folders]
-    write_whole(page, "\n".join([_HEAD, *parts]))
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(page, "\n".join([_HEAD, *parts]))
+    except OSError as error:
+        raise ConfigError(f"{page} cannot be written ({error}); right would be another page (--page)") from error
     return folders
 
 
@@ -48,6 +55,8 @@ def _section(folder: Path, document: Mapping[str, Any], link: str) -> str:
     for table in document["tables"]:
         lines += [Table.from_json(table).markdown(), ""]
     for name in document["pictures"]:
+        if not (folder / name).exists():
+            raise ConfigError(f"{folder}: found no {name}; right would be a folder in which a study ended, whole")
         lines += [f"![{folder.name}: {Path(name).stem}]({link}/{name})", ""]
     if document["notes"]:
         lines += [*(f"- {note}" for note in document["notes"]), ""]

@@ -3,6 +3,7 @@
 results.json is meant to be committed: docs/results.md is made from it, and from nothing else.
 """
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from topd_ray.actors.node_facts import versions
 from topd_ray.config.load import dump_config, load_config
-from topd_ray.config.schema import TopdConfig
+from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.provenance import commit, machine
@@ -19,6 +20,8 @@ from topd_ray.studies.tables import Table
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+OWNER = "owner.json"
+DIGESTED_BYTES = 1024**2
 SHOWN_DIFFERENCES = 5
 
 
@@ -47,31 +50,64 @@ class Results:
     """the resolved config as YAML"""
 
 
-def claim_folder(folder: Path, config: TopdConfig, ignore: Sequence[str] = ()) -> None:
-    """Make `folder` this config's, or go on in it.
+def claim_folder(folder: Path, study: str, config: TopdConfig, ignore: Sequence[str] = ()) -> None:
+    """Make `folder` this study's with this config and these models, or go on in it.
 
-    Raises ConfigError where it is another config's, naming the first fields that differ; those below a dotted key in
-    `ignore` may. A field that is newer than the folder counts as having had its default there.
+    Raises ConfigError where it is another's, naming the first fields that differ (those below a dotted key in `ignore`
+    may), or cannot be written. A field that is newer than the folder counts as having had its default there.
     """
-    path = folder / CONFIG
+    path, owner = folder / CONFIG, folder / OWNER
+    mine = {"study": study, **{role: model_digest(getattr(config, role)) for role in ("student", "teacher")}}
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, dump_config(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(owner, json.dumps(mine, indent=1) + "\n")
+            write_whole(path, dump_config(config))
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written ({error}); right would be another folder (--out)") from error
         return
-    found = _flat(load_config(path).model_dump(mode="json"))
-    mine = _flat(config.model_dump(mode="json"))
-    keys = [
-        key
-        for key in sorted({*found, *mine})
-        if found.get(key) != mine.get(key) and not any(key == one or key.startswith(f"{one}.") for one in ignore)
+    try:
+        theirs, there = json.loads(owner.read_text()), load_config(path)
+    except (OSError, ValueError, ConfigError) as error:
+        raise ConfigError(f"{folder}: {OWNER} or {CONFIG} is torn ({error}); right would be an empty folder") from error
+    differing = [
+        f"{key}: {theirs.get(key)!r} there, {value!r} here" for key, value in mine.items() if theirs.get(key) != value
     ]
-    if keys:
-        lines = [f"{key}: {found.get(key)!r} there, {mine.get(key)!r} here" for key in keys[:SHOWN_DIFFERENCES]]
-        more = [f"and {len(keys) - len(lines)} more"] if len(keys) > len(lines) else []
+    differing += _differing(there, config, ignore)
+    if differing:
+        more = len(differing) - SHOWN_DIFFERENCES
         raise ConfigError(
             f"{folder} holds the results of another config; right would be an empty folder (--out)\n  "
-            + "\n  ".join([*lines, *more])
+            + "\n  ".join([*differing[:SHOWN_DIFFERENCES], *([f"and {more} more"] if more > 0 else [])])
         )
+
+
+def model_digest(model: ModelConfig) -> str:
+    """What tells a local model from another at the same path: sizes, first and last MB of its weights. Hub: its name.
+
+    Not of all bytes, as weights may be hundreds of GB.
+    """
+    folder = Path(model.model)
+    if not folder.is_dir():
+        return f"{model.model}@{model.revision}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(DIGESTED_BYTES))
+            file.seek(max(0, size - DIGESTED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def _differing(there: TopdConfig, here: TopdConfig, ignore: Sequence[str]) -> list[str]:
+    theirs, mine = (_flat(config.model_dump(mode="json")) for config in (there, here))
+    return [
+        f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
+        for key in sorted({*theirs, *mine})
+        if theirs.get(key) != mine.get(key) and not any(key == one or key.startswith(f"{one}.") for one in ignore)
+    ]
 
 
 def save_results(folder: Path, results: Results) -> Path:
@@ -90,13 +126,18 @@ def save_results(folder: Path, results: Results) -> Path:
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """The document that `save_results` wrote. Raises ConfigError where there is none, or it is not JSON."""
+    """The document that `save_results` wrote. Raises ConfigError where there is none, or it is another."""
     path = folder / RESULTS
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); right would be a folder in which a study ended") from error
-    return document
+    wanted = [*Results.__dataclass_fields__, "commit", "versions", "machine"]
+    lacking = [key for key in wanted if not isinstance(document, dict) or key not in document]
+    if lacking:
+        raise ConfigError(f"{path}: found no {', '.join(lacking)}; right would be a folder in which a study ended")
+    read: dict[str, Any] = document
+    return read
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

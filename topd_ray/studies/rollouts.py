@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from topd_ray.actors.parts import threads
 from topd_ray.config.schema import TopdConfig
-from topd_ray.data.arrow import batch_to_trajectories, trajectories_to_batch
+from topd_ray.data.arrow import TRAJECTORY_SCHEMA, batch_to_trajectories, trajectories_to_batch
 from topd_ray.data.prompts import load_prompts
 from topd_ray.data.schedule import PromptSchedule, rollout_requests
 from topd_ray.engines.rollout import RolloutEngine
@@ -31,7 +31,7 @@ class Rollouts:
 
     def __init__(self, folder: Path, requests: Sequence[RolloutRequest], per_part: int) -> None:
         self._requests = [requests[start : start + per_part] for start in range(0, len(requests), per_part)]
-        self._parts = Parts(folder, "rollouts", len(self._requests))
+        self._parts = Parts(folder, "rollouts", len(self._requests), TRAJECTORY_SCHEMA.names)
 
     @property
     def num_parts(self) -> int:

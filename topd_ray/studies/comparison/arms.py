@@ -37,11 +37,17 @@ _DISCOUNT = "objective.kl_discount=0.95"
 ABLATION = (
     _arm(OPD, "per-token distillation", *_OPD),
     _arm("opd-low-cap", "OPD, false alarms capped", "objective.method=opd", "objective.cap=low_ot"),
-    _arm("opd-high-cap", "OPD, as many real forks capped", "objective.method=opd", "objective.cap=matched_high_ot"),
+    _arm("opd-high-cap", "OPD, real forks capped instead", "objective.method=opd", "objective.cap=matched_high_ot"),
     _arm(TOPD, "trajectory-aware", *_TOPD),
     _arm("topd-low-cap", "TOPD, false alarms capped", "objective.method=topd", "objective.cap=low_ot"),
 )
 """Tables 1 and 2 of the paper, and TOPD with caps."""
+
+RESERVED = {
+    *("run.seed", "run.name", "run.root", "run.resume", "run.steps"),
+    *(f"evaluation.{field}" for field in ("before", "after", "teacher", "every", "sampled_runs")),
+}
+"""Fields that a study sets for every run, or that all runs must share."""
 
 PAPER = {START: 38.9, OPD: 47.8, "opd-low-cap": 48.2, "opd-high-cap": 42.1, TOPD: 52.2}
 """pass@1 of the paper, average of three benchmarks (%)."""
@@ -53,7 +59,7 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
     Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/10, 1/3, 10/3; the
     window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
     """
-    return (
+    arms = (
         _arm(OPD, "per-token distillation", *_OPD),
         _arm(TOPD, "as configured", *_TOPD),
         *_numbers(config),
@@ -62,12 +68,14 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
         _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
         _topd("random-candidates", "windows at random positions", "near_future.ranking=random"),
+        _topd("all-candidates", "no false alarms left out", "near_future.false_alarm_quantile=0"),
         _topd("resampled-windows", "the student continues anew", "near_future.student_window=resample"),
         _topd("teacher-context", "the teacher's window after its own tokens", "near_future.guidance_context=teacher"),
         _more_rollouts(config),
         _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
         _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
     )
+    return tuple({arm.name: arm for arm in arms}.values())  # multiples of a small or large number may be the same
 
 
 def chosen(arms: Sequence[Arm], settings: ArmsConfig) -> tuple[Arm, ...]:
@@ -78,6 +86,12 @@ def chosen(arms: Sequence[Arm], settings: ArmsConfig) -> tuple[Arm, ...]:
     names = [arm.name for arm in arms]
     if taken := sorted({*names, START} & {*settings.more}):
         raise ConfigError(f"studies.arms.more: found {', '.join(taken)}, right would be names other than the built-in")
+    for name, overrides in settings.more.items():
+        if owned := sorted({one.partition("=")[0].strip() for one in overrides} & RESERVED):
+            raise ConfigError(
+                f"studies.arms.more.{name}: found {', '.join(owned)}, which the study sets itself; right would be "
+                "fields that arms may differ in"
+            )
     every = [*arms, *(_arm(name, "", *overrides) for name, overrides in settings.more.items())]
     known = [arm.name for arm in every]
     if strangers := sorted({*settings.only} - {*known, START}):

@@ -51,6 +51,8 @@ class Learning:
     """by the teacher"""
     num_windows: int
     """that the teacher continued"""
+    capped: float
+    """share of trained tokens that a cap was meant for, in 0..1"""
 
     def at(self, tokens: float) -> Floats:
         """`marks_P` at a number of trained tokens, linear between the evaluations around it."""
@@ -92,6 +94,7 @@ def read_learning(folder: Path) -> Learning:
         commit=summary.get("commit") or UNKNOWN,
         scored_tokens=int(_total(updates, "teacher/tokens")),
         num_windows=round(_windows(updates)),
+        capped=_capped(updates),
     )
 
 
@@ -109,3 +112,8 @@ def _windows(updates: Sequence[dict[str, Any]]) -> float:
     guided = [line for line in updates if line.get("near_future/windows") and line["rollout/tokens"]]
     windows = (one["near_future/windows"] * one["rollout/tokens"] / one["rollout/response_tokens"] for one in guided)
     return float(sum(windows))
+
+
+def _capped(updates: Sequence[dict[str, Any]]) -> float:
+    tokens = np.diff([0, *(line["run/trained_tokens"] for line in updates)])
+    return float(np.average([line.get("near_future/capped_tokens", 0.0) for line in updates], weights=tokens))

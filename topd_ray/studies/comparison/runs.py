@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from topd_ray.config.load import check_inputs, load_config
+from topd_ray.config.load import check_inputs, overridden
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
 from topd_ray.pipeline.interrupt import Interrupt
@@ -71,7 +71,7 @@ class Failure:
 def plan_runs(path: Path, config: TopdConfig, arms: Sequence[Arm], root: Path) -> list[StudyRun]:
     """The runs of a study: all arms with the first seed, then with the next.
 
-    `path` holds `config`, but for studies.arms, which no run reads.
+    `path` is where `config` will be, but for studies.arms, which no run reads.
 
     Raises ConfigError, before anything runs, for an arm that the config does not allow, for a run folder of another
     config, where run.steps or data.heldout is unset, and for a seed that is there twice.
@@ -89,7 +89,7 @@ def plan_runs(path: Path, config: TopdConfig, arms: Sequence[Arm], root: Path) -
             inline = ["--inline"] if config.studies.arms.runs_at_once > 1 else []
             command = (sys.executable, "-m", "topd_ray", "run", str(path), *overrides, *inline)
             try:
-                run = StudyRun(arm=arm, seed=seed, config=load_config(path, overrides), command=command)
+                run = StudyRun(arm=arm, seed=seed, config=overridden(config, overrides), command=command)
                 check_inputs(run.config)
             except ConfigError as error:
                 raise ConfigError(f"arm {arm.name}: {error}") from error

@@ -44,8 +44,8 @@ def compare_arms(study: Study, config: TopdConfig, folder: Path, say: Say, *, co
     settings = config.studies.arms
     arms = chosen(ABLATION if study == "ablation" else sweep(config), settings)
     root = Path(config.run.root) / folder.name
-    claim_folder(folder, config, ignore=("studies.arms",))
     runs = plan_runs(folder / CONFIG, config, arms, root)
+    claim_folder(folder, study, config, ignore=("studies.arms",))
     say(f"{len(arms)} arms x {len(settings.seeds)} seeds, {settings.runs_at_once} at a time; runs in {root}/")
     failures = carry_out(runs, settings.runs_at_once, say)
     shown = ""
@@ -87,6 +87,8 @@ def report(
         notes=[
             *(order_notes(figures) if study == "ablation" else []),
             *_notes(learnings),
+            f"{len(arms) - 1} arms are compared, each interval holding 95 % by itself: some of so many exclude 0 by "
+            "chance. At equal tokens, an arm with more of them is read in the middle of its schedule.",
             *([f"no finished run of {'; '.join(missing)}"] if missing else []),
         ],
         config=dump_config(config),
@@ -175,6 +177,7 @@ def _work(of_arm: Mapping[int, Learning]) -> dict[str, Any]:
         "update_seconds": float(np.mean([one.curve[-1].seconds for one in every])),
         "scored_tokens": float(np.mean([one.scored_tokens for one in every])),
         "windows": float(np.mean([one.num_windows for one in every])),
+        "capped": float(np.mean([one.capped for one in every])),
         "curve": {
             "steps": steps,
             "tokens": np.mean([[point.tokens for point in curve] for curve in curves], 0).tolist(),

@@ -26,7 +26,7 @@ from topd_ray.studies.futures import Distances, open_teacher
 from topd_ray.studies.labelling import Labeller, find_labeller
 from topd_ray.studies.rollouts import Rollouts, first_requests
 from topd_ray.studies.statistics import Floats
-from topd_ray.types import GuidedTrajectory, Int32, TeacherScores, Trajectory
+from topd_ray.types import GuidedTrajectory, Int32, RolloutRequest, TeacherScores, Trajectory
 
 GUIDES_ALWAYS = -1.0
 """Threshold that every distance is above."""
@@ -34,6 +34,7 @@ ROLLOUTS_A_PART = 64
 COUNTS = b"topd_ray.counts"
 EXTRA = ("distance", "teacher_again", "label")
 """What a point has besides its window."""
+POINT_COLUMNS = (*GUIDED_SCHEMA.names, *EXTRA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,23 +77,33 @@ class Counts:
     """distance above which a candidate is divergent"""
 
 
-def find_points(config: TopdConfig, folder: Path, say: Say) -> tuple[list[Point], Counts]:
-    """studies.local_correction.num_points points, in the order of their rollouts, or fewer if there are no more.
+def point_requests(config: TopdConfig, say: Say) -> list[RolloutRequest]:
+    """So many rollouts that one candidate each would give studies.local_correction.num_points divergent ones.
 
-    Candidates are those of a training step. Divergent are those whose distance is above the quantile
-    near_future.false_alarm_quantile of all candidates' distances; of a trajectory's, `points_per_trajectory` are drawn.
-    So many rollouts are drawn, into `folder`, that one candidate each would do. The student's engine is gone by the
-    time the teacher's opens. Raises ConfigError where that quantile is 1, and otherwise as `first_requests` and
-    `Rollouts.read` do.
+    Raises ConfigError where near_future.false_alarm_quantile is 1, and DataError as `first_requests` does.
     """
     study, quantile = config.studies.local_correction, config.near_future.false_alarm_quantile
     if quantile == 1.0:
         raise ConfigError(
             "near_future.false_alarm_quantile: found 1, which lets nothing diverge; right would be below 1"
         )
-    tokenizer = load_tokenizer(config.student)
     num_rollouts = math.ceil(study.num_points / study.points_per_trajectory / (1.0 - quantile))
-    rollouts = Rollouts(folder, first_requests(config, tokenizer, num_rollouts, say), ROLLOUTS_A_PART)
+    return first_requests(config, load_tokenizer(config.student), num_rollouts, say)
+
+
+def find_points(
+    config: TopdConfig, requests: Sequence[RolloutRequest], folder: Path, say: Say
+) -> tuple[list[Point], Counts]:
+    """studies.local_correction.num_points points, in the order of their rollouts, or fewer if there are no more.
+
+    Candidates are those of a training step. Divergent are those whose distance is above the quantile
+    near_future.false_alarm_quantile of all candidates' distances; of a trajectory's, `points_per_trajectory` are drawn.
+    The rollouts of `requests` are drawn into `folder`. The student's engine is gone by the time the teacher's opens.
+    Raises ConfigError as `Rollouts.read` does.
+    """
+    study, quantile = config.studies.local_correction, config.near_future.false_alarm_quantile
+    tokenizer = load_tokenizer(config.student)
+    rollouts = Rollouts(folder, requests, ROLLOUTS_A_PART)
     rollouts.draw(config, say)
     trajectories = [one for part in range(rollouts.num_parts) for one in rollouts.read(part)]
     distances_of, labeller = Distances(config), find_labeller(config, tokenizer)

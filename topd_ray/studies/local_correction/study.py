@@ -49,10 +49,12 @@ from topd_ray.studies.local_correction.figures import (
 )
 from topd_ray.studies.local_correction.points import (
     GUIDES_ALWAYS,
+    POINT_COLUMNS,
     Counts,
     Point,
     as_asked,
     find_points,
+    point_requests,
     points_to_table,
     table_to_points,
     window_look_ahead,
@@ -113,10 +115,11 @@ def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -
     point at all, NonFiniteLossError for a learning rate under which the student bursts.
     """
     check_same_vocabulary(config.student, config.teacher)
-    claim_folder(folder, config, UNRELATED)
-    found = Parts(folder / "rows", "points", 1)
+    requests = point_requests(config, say)
+    claim_folder(folder, "local-correction", config, UNRELATED)
+    found = Parts(folder / "rows", "points", 1, POINT_COLUMNS)
     if found.missing():
-        points, counts = find_points(config, folder / "rows", say)
+        points, counts = find_points(config, requests, folder / "rows", say)
         if not points:
             raise DataError(
                 f"{counts.num_candidates} candidates of {counts.num_trajectories} rollouts: none is divergent; right "
@@ -125,7 +128,7 @@ def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -
         found.write(0, points_to_table(points, counts))
     points, counts = table_to_points(found.read(0))
     say(f"{len(points)} divergent points of {counts.num_candidates} candidates")
-    measured = Parts(folder / "rows", "corrected", math.ceil(len(points) / POINTS_A_PART))
+    measured = Parts(folder / "rows", "corrected", math.ceil(len(points) / POINTS_A_PART), ROW_SCHEMA.names)
     _measure(config, measured, points, say)
     rows = [Row(**values) for values in measured.read_all().to_pylist()]
     results = _conclude(config, folder, command, points, counts, rows, [found, measured])

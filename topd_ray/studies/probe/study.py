@@ -24,7 +24,7 @@ from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe.examples import examples_page, find_examples
 from topd_ray.studies.probe.figures import PAPER, Figures, Probed, find_figures
 from topd_ray.studies.probe.pictures import draw_pictures
-from topd_ray.studies.probe.rows import KINDS, Prober, loss_of
+from topd_ray.studies.probe.rows import KINDS, SCHEMA, Prober, loss_of
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.rollouts import Rollouts, first_requests
 from topd_ray.studies.tables import Table, shown
@@ -54,9 +54,9 @@ def probe(config: TopdConfig, out: Path, command: str, say: Say) -> Results:
     check_same_vocabulary(config.student, config.teacher)
     tokenizer = load_tokenizer(config.student)
     requests = first_requests(config, tokenizer, config.studies.probe.num_trajectories, say)
-    claim_folder(out, config, UNRELATED)
+    claim_folder(out, "probe", config, UNRELATED)
     rollouts = Rollouts(out / "rows", requests, config.studies.probe.trajectories_per_part)
-    rows = Parts(out / "rows", "positions", rollouts.num_parts)
+    rows = Parts(out / "rows", "positions", rollouts.num_parts, SCHEMA.names)
     rollouts.draw(config, say)
     _look(config, tokenizer, rollouts, rows, say)
     results = _conclude(config, tokenizer, rollouts, rows, out, command)
