@@ -142,7 +142,8 @@ def test_rollouts_of_fewer_prompts_than_are_asked_for_are_refused(tmp_path: Path
     prompts = [Prompt(prompt_id=name, token_ids=(5, 6), answer=None) for name in ("p0", "p1")]
     requests = rollout_requests([(0, prompt) for prompt in prompts], samples=[0], run_seed=0)
     assert requests[0].trajectory_id == drawn.trajectory_id
-    Parts(tmp_path, "rollouts", 1).write(0, pa.Table.from_batches([trajectories_to_batch([drawn])]))
+    batch = trajectories_to_batch([drawn])
+    Parts(tmp_path, "rollouts", 1, batch.schema.names).write(0, pa.Table.from_batches([batch]))
     with pytest.raises(ConfigError, match="found none where p1/0/0 is asked for"):
         Rollouts(tmp_path, requests, 2).read(0)
 
