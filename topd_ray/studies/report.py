@@ -19,7 +19,7 @@ _HEAD = """# Results
 
 What the paper's experiments give on the pairs that run here. Made by `topd study report` from `studies/*/results.json`
 and the `reading.md` beside it; edit neither this page nor the figures. Brackets hold 95 % intervals. "Paper" is
-arXiv 2606.00305v1, whose models are three thousand times larger: its numbers stand beside ours for their order, not for
+arXiv 2606.00305v1, whose models are thousands of times larger: its numbers stand beside ours for their order, not for
 their size.
 """
 
