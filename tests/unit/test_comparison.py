@@ -194,3 +194,11 @@ def test_a_run_folder_with_missing_updates_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(DataError, match="found 1 updates, right would be 1 to 2"):
         read_learning(tmp_path)
+
+
+def test_a_run_that_was_not_a_studys_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(line for line in lines if "after_sampled" not in line))
+    with pytest.raises(DataError, match="found no 'after_sampled' in what the run wrote"):
+        read_learning(tmp_path)

@@ -3,7 +3,7 @@
 Axes: M windows, V vocabulary, D embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from topd_ray.actors.parts import threads
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import read_vocabulary
 from topd_ray.engines.checkpoint import read_embedding
-from topd_ray.engines.look_ahead import LARGEST_GROUP, compare_windows
+from topd_ray.engines.look_ahead import LARGEST_GROUP, Compared, compare_windows
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.grouping import runs_within
 from topd_ray.objective import unit_embeddings
@@ -46,10 +46,12 @@ class Distances:
 
     def __call__(self, student_windows: Sequence[Int32], teacher_windows: Sequence[Int32]) -> Floats:
         """[M], in units of the ground cost, of M pairs of windows, each of 1 to near_future.window tokens."""
+        groups = self.compare(student_windows, teacher_windows)
+        return np.concatenate([np.zeros(0), *(group.solved.distance_M.numpy() for group in groups)])
+
+    def compare(self, student_windows: Sequence[Int32], teacher_windows: Sequence[Int32]) -> Iterator[Compared]:
+        """The same pairs with their plans and costs, in groups that are solved together."""
         pairs = list(zip(student_windows, teacher_windows, strict=True))
-        found = [np.zeros(0)]
         for group in runs_within(pairs, lambda _: self._config.window**2, LARGEST_GROUP):
             students, teachers = zip(*group, strict=True)
-            compared = compare_windows(students, teachers, self._embedding_VD_unit, self._config)
-            found.append(compared.solved.distance_M.numpy())
-        return np.concatenate(found)
+            yield compare_windows(students, teachers, self._embedding_VD_unit, self._config)

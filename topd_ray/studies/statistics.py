@@ -1,6 +1,6 @@
 """Figures with 95 % bootstrap intervals, and what correlates with what."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,22 +62,6 @@ def bootstrap(
     return _interval(value, values, num_rows)
 
 
-def bootstrap_groups(statistic: Callable[..., float], *groups: Sequence[float] | Floats, seed: int = 0) -> Interval:
-    """`statistic(*groups)` of independent groups, each resampled by itself; n is the size of the smallest."""
-    arrays = [np.asarray(group, np.float64) for group in groups]
-    smallest = min(array.size for array in arrays)
-    if smallest == 0:
-        raise DataError(f"groups: sizes {[array.size for array in arrays]}, want at least 1 each")
-    value = float(statistic(*arrays))
-    if smallest < FEWEST:
-        return Interval(value=value, low=None, high=None, n=smallest)
-    rng = np.random.default_rng(seed)
-    values = np.array(
-        [statistic(*(array[rng.integers(array.size, size=array.size)] for array in arrays)) for _ in range(RESAMPLES)]
-    )
-    return _interval(value, values, smallest)
-
-
 def bootstrap_crossed(values_SP: Floats, seed: int = 0) -> Interval:
     """Mean of `values_SP` (S seeds of training, P held-out prompts), resampled on both levels; n is S.
 
@@ -123,6 +107,15 @@ def area_under_roc(positive: Floats, negative: Floats) -> float:
     ranks = rankdata(np.concatenate([positive, negative]))
     wins = float(ranks[: positive.size].sum()) - positive.size * (positive.size + 1) / 2
     return wins / (positive.size * negative.size)
+
+
+def plain(figures: Any) -> Any:
+    """`figures`, nested in mappings, as JSON holds them."""
+    if isinstance(figures, Interval):
+        return figures.to_json()
+    if isinstance(figures, Mapping):
+        return {str(key): plain(value) for key, value in figures.items()}
+    return figures
 
 
 def _members(clusters: NDArray[np.int64], num_rows: int) -> list[NDArray[np.int64]]:

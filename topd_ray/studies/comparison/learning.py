@@ -70,6 +70,13 @@ class Learning:
 
 def read_learning(folder: Path) -> Learning:
     """What the run in `folder` wrote. Raises DataError where its files do not fit together."""
+    try:
+        return _read(folder)
+    except KeyError as error:
+        raise DataError(f"{folder}: found no {error} in what the run wrote, right would be a run of a study") from error
+
+
+def _read(folder: Path) -> Learning:
     summary = json.loads((folder / "summary.json").read_text())
     updates = [line for line in read_lines(folder / "metrics.jsonl") if "run/trained_tokens" in line]
     steps = [line["step"] for line in updates]

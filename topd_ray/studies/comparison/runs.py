@@ -52,7 +52,7 @@ class StudyRun:
             summary = json.loads((self.folder / "summary.json").read_text())
         except (OSError, ValueError):
             return False
-        return bool(summary["steps"] == self.config.run.steps and "after_sampled" in summary["accuracy"])
+        return bool(summary.get("steps") == self.config.run.steps and "after_sampled" in summary.get("accuracy", {}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

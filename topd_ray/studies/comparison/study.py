@@ -24,8 +24,8 @@ from topd_ray.studies.statistics import FEWEST_SEEDS, bootstrap_crossed
 
 Study = Literal["ablation", "sweep"]
 MEASURES = ("greedy", "sampled", "equal_tokens")
-"""pass@1 after the last update, by evaluation.temperature (0: greedy); of answers drawn as rollouts are; and the
-first at as many trained tokens as the shortest run of all had."""
+"""pass@1: after the last update, at evaluation.temperature (0: greedy); then too, of answers drawn as rollouts are; and
+at evaluation.temperature again, but once as many tokens are trained on as in the shortest run of all."""
 
 ROWS = "runs.jsonl"
 """One line a run, beside results.json."""

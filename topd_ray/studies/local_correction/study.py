@@ -62,6 +62,7 @@ from topd_ray.studies.local_correction.points import (
 from topd_ray.studies.local_correction.updates import Method, Student
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import Results, claim_folder, save_results
+from topd_ray.studies.statistics import plain
 from topd_ray.types import GuidedTrajectory, SparseTargets, Trajectory
 
 STUDY = "local-correction"
@@ -71,13 +72,8 @@ UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
     *("data.heldout", "data.arithmetic.num_heldout", "near_future.quantile_window", "near_future.plan"),
     *("near_future.student_window", "near_future.guidance_context"),
-    *(
-        "objective.method",
-        "objective.cap",
-        "objective.importance_horizon",
-        "learner.schedule",
-        "learner.warmup_fraction",
-    ),
+    *("objective.method", "objective.cap", "objective.importance_horizon"),
+    *("learner.schedule", "learner.warmup_fraction"),
     *("learner.dtype", "learner.zero_stage", "learner.num_ranks", "learner.max_tokens_per_micro_batch"),
     *("buffer", "pipeline", "faults", "weights", "evaluation", "metrics", "resources"),
     *("teacher.verify", "teacher.num_workers", "rollout.num_workers", "studies.probe", "studies.arms"),
@@ -116,7 +112,7 @@ def local_correction(config: TopdConfig, folder: Path, command: str, say: Say) -
     """
     check_same_vocabulary(config.student, config.teacher)
     requests = point_requests(config, say)
-    claim_folder(folder, "local-correction", config, UNRELATED)
+    claim_folder(folder, STUDY, config, UNRELATED)
     found = Parts(folder / "rows", "points", 1, POINT_COLUMNS)
     if found.missing():
         points, counts = find_points(config, requests, folder / "rows", say)
@@ -273,7 +269,7 @@ def _conclude(
         seeds=[config.run.seed],
         seconds=sum(parts.seconds() for parts in made),
         commits=set.union(*(parts.commits() for parts in made)),
-        figures=_plain({**asdict(counts), "learning_rate": rate, "paper": PAPER, **figures}),
+        figures=plain({**asdict(counts), "learning_rate": rate, "paper": PAPER, **figures}),
         tables=tables,
         pictures=[PICTURE],
         notes=notes_of(config, points, counts, figures["targets"]),
@@ -281,10 +277,3 @@ def _conclude(
     )
     save_results(folder, results)
     return results
-
-
-def _plain(figure: Any) -> Any:
-    """Figures as JSON holds them."""
-    if isinstance(figure, dict):
-        return {str(key): _plain(value) for key, value in figure.items()}
-    return figure.to_json() if hasattr(figure, "to_json") else figure

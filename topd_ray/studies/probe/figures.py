@@ -16,7 +16,7 @@ from topd_ray.config.schema import TopdConfig
 from topd_ray.demo.worded_labels import FORKS
 from topd_ray.errors import DataError
 from topd_ray.studies.probe.rows import KINDS, Kind
-from topd_ray.studies.statistics import FEWEST, Floats, Interval, area_under_roc, bootstrap, pearson, spearman
+from topd_ray.studies.statistics import FEWEST, Floats, Interval, area_under_roc, bootstrap, pearson, plain, spearman
 
 PAPER: Mapping[str, Any] = {
     "window": 50,
@@ -40,7 +40,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probed:
-    """The rows of a probe as columns; see probe_rows.SCHEMA."""
+    """The rows of a probe as columns; see rows.SCHEMA."""
 
     trajectory: NDArray[np.str_]
     prompt: NDArray[np.int64]
@@ -107,9 +107,10 @@ class Figures:
     notes: Sequence[str]
 
     def to_json(self) -> dict[str, Any]:
-        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "notes"}
-        plain: dict[str, Any] = _plain(named)
-        return plain
+        found: dict[str, Any] = plain(
+            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "notes"}
+        )
+        return found
 
 
 def find_figures(probed: Probed, config: TopdConfig) -> Figures:
@@ -266,11 +267,3 @@ def _mean(values: Floats) -> float:
 
 def _share(marks: Bools) -> float:
     return float(marks.mean()) if marks.size else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
-        return value.to_json()
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return value

@@ -3,22 +3,21 @@
 Axes: T response tokens of one trajectory, M positions, S student and T teacher tokens of a window (see transport.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from topd_ray.config.schema import NearFutureConfig
-from topd_ray.engines.look_ahead import LARGEST_GROUP, Compared, compare_windows, continue_candidates
+from topd_ray.engines.look_ahead import Compared, continue_candidates
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.engines.teacher import TeacherEngine
 from topd_ray.errors import ConfigError
-from topd_ray.grouping import runs_within
-from topd_ray.objective import select_candidates, token_loss, unit_embeddings
+from topd_ray.objective import select_candidates, token_loss
 from topd_ray.objective.candidates import Ranking
+from topd_ray.studies.futures import Distances
 from topd_ray.studies.labelling import Labeller
 from topd_ray.types import Float32, Int32, TeacherScores, Trajectory
 
@@ -92,13 +91,13 @@ class Prober:
         self,
         config: NearFutureConfig,
         engine: TeacherEngine,
-        embedding_VD: Float32,
+        distances: Distances,
         seed: int,
         labeller: Labeller | None = None,
     ) -> None:
-        self._config = config.model_copy(update={"transport": "exact"})
+        self._config = config
         self._engine = engine
-        self._embedding_VD_unit = unit_embeddings(torch.from_numpy(embedding_VD))
+        self._distances = distances
         self._seed = seed
         self._labeller = labeller
 
@@ -108,12 +107,12 @@ class Prober:
         looked = [self._choose(*pair) for pair in zip(trajectories, scores, strict=True)]
         positions = [one.distinct for one in looked]
         windows = continue_candidates(self._engine, self._config, trajectories, positions, self._seed)
-        pairs = [
-            (one.trajectory.response_ids[position : position + self._config.window], teacher_ids)
-            for one, positions_M, continued in zip(looked, positions, windows, strict=True)
-            for position, teacher_ids in zip(positions_M.tolist(), continued, strict=True)
+        students = [
+            one.trajectory.response_ids[position : position + self._config.window]
+            for one, positions_M in zip(looked, positions, strict=True)
+            for position in positions_M.tolist()
         ]
-        compared = iter(self._compare(pairs))
+        compared = self._compare(students, [ids for continued in windows for ids in continued])
         rows = []
         for one, positions_M in zip(looked, positions, strict=True):
             futures = {position: next(compared) for position in positions_M.tolist()}
@@ -127,23 +126,18 @@ class Prober:
         kinds = choose_positions(losses_T, self._config, rng)
         return Looked(trajectory=trajectory, scores=scores, losses_T=losses_T, kinds=kinds)
 
-    def _compare(self, pairs: Sequence[tuple[Int32, Int32]]) -> list[dict[str, Any]]:
+    def _compare(self, students: Sequence[Int32], teachers: Sequence[Int32]) -> Iterator[dict[str, Any]]:
         """The columns that are of the two windows."""
-        found: list[dict[str, Any]] = []
-        for group in runs_within(pairs, lambda _: self._config.window**2, LARGEST_GROUP):
-            students, teachers = zip(*group, strict=True)
-            compared = compare_windows(students, teachers, self._embedding_VD_unit, self._config)
-            columns = zip(group, compared.solved.distance_M.tolist(), position_costs(compared), strict=True)
-            found += [
-                {
-                    "distance": distance,
-                    "position_cost": cost,
-                    "student_ids": student_ids.tolist(),
-                    "teacher_ids": teacher_ids.tolist(),
-                }
-                for (student_ids, teacher_ids), distance, cost in columns
-            ]
-        return found
+        found: list[tuple[float, float]] = []
+        for group in self._distances.compare(students, teachers):
+            found += zip(group.solved.distance_M.tolist(), position_costs(group), strict=True)
+        for student_ids, teacher_ids, (distance, cost) in zip(students, teachers, found, strict=True):
+            yield {
+                "distance": distance,
+                "position_cost": cost,
+                "student_ids": student_ids.tolist(),
+                "teacher_ids": teacher_ids.tolist(),
+            }
 
     def _row(self, one: Looked, kind: Kind, position: int, future: dict[str, Any]) -> dict[str, Any]:
         trajectory, scores = one.trajectory, one.scores

@@ -15,10 +15,9 @@ from tqdm import tqdm
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import check_same_vocabulary, load_tokenizer
-from topd_ray.engines.checkpoint import read_embedding
 from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say
-from topd_ray.studies.futures import open_teacher
+from topd_ray.studies.futures import Distances, open_teacher
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe.examples import examples_page, find_examples
@@ -71,12 +70,11 @@ def _look(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", rollouts: Ro
         return
     rows.begin()
     say(f"loading {config.teacher.model}, which looks ahead")
-    owner = config.teacher if config.near_future.embedding == "teacher" else config.student
     with open_teacher(config) as engine:
         prober = Prober(
             config.near_future,
             engine,
-            read_embedding(owner, len(tokenizer)),
+            Distances(config),
             config.run.seed,
             find_labeller(config, tokenizer),
         )
