@@ -1,5 +1,7 @@
 """Weights through CUDA IPC and by broadcast: where they are refused, and what vLLM is told."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,11 +12,12 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateI
 from topd_ray.actors.store import LocalStore, RayStore
 from topd_ray.config.contradictions import contradictions
 from topd_ray.config.schema import ResourcesConfig, TopdConfig, WeightsConfig
-from topd_ray.errors import ConfigError
+from topd_ray.errors import ConfigError, WeightSyncError
 from topd_ray.weights.choice import open_channel
 from topd_ray.weights.group import Group
 from topd_ray.weights.ipc import IpcChannel, update_fields
 from topd_ray.weights.object_store import ObjectStoreChannel
+from topd_ray.weights.rounds import Sender
 
 SHARED = {"gpus_per_learner": 0.5, "gpus_per_rollout": 0.25}
 
@@ -93,3 +96,19 @@ def test_vllm_takes_what_it_is_told() -> None:
     assert info.ipc_handles == handles
     with pytest.raises(ValueError, match="`ipc_handles` should be of the same size"):
         IPCWeightTransferUpdateInfo(**update_fields(tensors, handles[:1]))
+
+
+def test_the_senders_thread_ends_with_it_and_before_the_interpreter() -> None:
+    """In the store while the interpreter goes, it would abort the process."""
+    sender = Sender(address="127.0.0.1", backend="gloo", num_workers=1, timeout_seconds=10.0)
+    sender.close()
+    with pytest.raises(WeightSyncError, match="the thread that sends the weights"):
+        sender.offer(1, [])
+    script = """
+import atexit, threading
+atexit.register(lambda: print([one.name for one in threading.enumerate() if one.name == "broadcast-weights"]))
+from topd_ray.weights.rounds import Sender
+Sender(address="127.0.0.1", backend="gloo", num_workers=1, timeout_seconds=10.0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -10,6 +10,7 @@ A group serves round after round as long as the same workers ask, each of them w
 a new group is made, of a new generation.
 """
 
+import atexit
 import json
 import logging
 import socket
@@ -32,6 +33,8 @@ GATHER_SECONDS = 1.0
 PAUSE_SECONDS = 1.0
 """How long a worker whose round failed waits before it asks again."""
 POLL_SECONDS = 0.02
+CLOSE_SECONDS = 5.0
+"""How long a closing sender waits for its thread."""
 SHARE_OF_TIMEOUT = 0.25
 """Largest wait inside a round, for the meeting or for one piece, over `weights.timeout_seconds`: after a round with a
 worker that hangs there has to be time for one without it."""
@@ -93,8 +96,10 @@ class Sender:
         self._members: list[str] = []
         self._failed: int | None = None
         """a version that is sent to one worker at a time"""
+        self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="broadcast-weights", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def offer(self, version: int, pieces: Sequence[Octets]) -> None:
         """Broadcast `pieces` to whoever asks for `version`. Do not write to them any more.
@@ -109,10 +114,21 @@ class Sender:
         """A newer version is being packed: tell whoever asks for the last one, and let its memory go."""
         self._offer = None
 
+    def close(self) -> None:
+        """End the thread, and break off what it is sending.
+
+        An interpreter that ends while the thread is in the store aborts the process, so it calls this at its end.
+        """
+        self._is_closed.set()
+        if (group := self._group) is not None:
+            group.close()
+        self._thread.join(CLOSE_SECONDS)
+        atexit.unregister(self.close)
+
     def _serve(self) -> None:
         waiting: dict[str, Request] = {}
         gathering_since = 0.0
-        while True:
+        while not self._is_closed.is_set():
             if not waiting:
                 gathering_since = time.monotonic()
             self._take_requests(waiting)
@@ -127,7 +143,7 @@ class Sender:
                 if seated and not self._round(sorted(seated, key=lambda one: one.worker), pieces):
                     self._failed = version
             else:
-                time.sleep(POLL_SECONDS)
+                self._is_closed.wait(POLL_SECONDS)
             del pieces
 
     def _take_requests(self, waiting: dict[str, Request]) -> None:
