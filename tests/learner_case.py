@@ -3,11 +3,12 @@
 Axes: T tokens of a response, V vocabulary.
 """
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ PLAIN_STEPS: Mapping[str, Any] = {
     "logits_chunk_tokens": 7,
 }
 LARGE_STEPS = {**PLAIN_STEPS, "learning_rate": 1e-2, "adam_epsilon": 1e-8, "gradient_clipping": 1.0}
+
+
+def end_rank() -> NoReturn:
+    """End the process of a rank that has done its work, together with the others.
+
+    DeepSpeed holds on to the process group after it is destroyed, and an interpreter that goes while gloo's threads are
+    there may abort. Ray ends the learner's processes like this as well.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)
 
 
 def make_batch(num_trajectories: int, *, top_k: int, seed: int = 0) -> list[GuidedTrajectory]:

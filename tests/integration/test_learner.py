@@ -18,6 +18,7 @@ from tests.learner_case import (
     TEMPERATURE,
     assert_equal,
     assert_near,
+    end_rank,
     figures,
     free_init_method,
     make_batch,
@@ -484,5 +485,4 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
             "error": str(error.value),
         }
         torch.save(found, folder / f"{kind}{stage}-rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # a process that ends with a group may abort
+    end_rank()

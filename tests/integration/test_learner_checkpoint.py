@@ -14,6 +14,7 @@ from tests.learner_case import (
     LARGE_STEPS,
     PLAIN_STEPS,
     assert_equal,
+    end_rank,
     free_init_method,
     make_batch,
     make_engine,
@@ -185,8 +186,7 @@ def _run_rank(rank: int, init_method: str, folder: Path) -> None:
         if rank == 0:
             found = {"saved": saved, "alone": alone, "resumed": resumed, "from_one": from_one}
             torch.save({**found, "random_goes_on": goes_on}, folder / f"found-{case}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # a process that ends with a group may abort
+    end_rank()
 
 
 def test_what_is_no_whole_checkpoint_of_this_model_is_refused(tied: Path, tmp_path: Path) -> None:
