@@ -33,6 +33,9 @@ _OPD = ("objective.method=opd", "objective.cap=none")
 _TOPD = ("objective.method=topd", "objective.cap=none")
 _POLICY_GRADIENT = ("objective.divergence=sampled_pg", "objective.kl_discount=0.0")
 _DISCOUNT = "objective.kl_discount=0.95"
+_TEACHER_CONTEXT = "near_future.guidance_context=teacher"
+_RANDOM = "near_future.ranking=random"
+_ALL = "near_future.false_alarm_quantile=0"
 
 ABLATION = (
     _arm(OPD, "per-token distillation", *_OPD),
@@ -67,10 +70,12 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("entropic", "entropic plans", "near_future.transport=entropic"),
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
         _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
-        _topd("random-candidates", "windows at random positions", "near_future.ranking=random"),
-        _topd("all-candidates", "no false alarms left out", "near_future.false_alarm_quantile=0"),
+        _topd("random-candidates", "windows at random positions", _RANDOM),
+        _topd("all-candidates", "no false alarms left out", _ALL),
         _topd("resampled-windows", "the student continues anew", "near_future.student_window=resample"),
-        _topd("teacher-context", "the teacher's window after its own tokens", "near_future.guidance_context=teacher"),
+        _topd("teacher-context", "the teacher's window after its own tokens", _TEACHER_CONTEXT),
+        _topd("teacher-context-random", "the same at random positions", _TEACHER_CONTEXT, _RANDOM),
+        _topd("teacher-context-all", "the same, no false alarms left out", _TEACHER_CONTEXT, _ALL),
         _more_rollouts(config),
         _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
         _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
