@@ -21,7 +21,7 @@ def test_a_study_ends_goes_on_and_refuses_another_config(tmp_path: Path, capsys:
     assert "No intervals: 2 points" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     (rate,) = results["figures"]["distance"]["rates"]
-    assert set(results["figures"]["distance"]["rates"][rate]) >= {"opd", "topd", "identity", "ratio", "topd_minus_opd"}
+    assert set(results["figures"]["distance"]["rates"][rate]) >= {"opd", "topd", "teacher_context", "ratio"}
     assert results["command"] == f"topd study local-correction jobs/demo.yaml '{SMALL[0]}'"
     assert (tmp_path / "local-correction.png").stat().st_size > 0
     points = pq.read_table(tmp_path / "rows" / "points-00000.parquet")
@@ -29,7 +29,7 @@ def test_a_study_ends_goes_on_and_refuses_another_config(tmp_path: Path, capsys:
 
     corrected = tmp_path / "rows" / "corrected-00000.parquet"
     rows = pq.read_table(corrected).to_pylist()
-    assert [row["arm"] for row in rows] == ["before", "opd", "topd", "identity"] * 2
+    assert [row["arm"] for row in rows] == ["before", "opd", "topd", "identity", "teacher_context"] * 2
     written = corrected.stat().st_mtime_ns
     assert main([*COMMAND, *out, *SMALL]) == 0
     assert corrected.stat().st_mtime_ns == written, "what is there is not measured again"

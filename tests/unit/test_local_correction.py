@@ -35,7 +35,13 @@ from topd_ray.studies.local_correction.points import (
     table_to_points,
     window_look_ahead,
 )
-from topd_ray.studies.local_correction.study import ARMS, identity_targets, learning_rates, rows_of_point
+from topd_ray.studies.local_correction.study import (
+    ARMS,
+    by_identity,
+    in_teacher_context,
+    learning_rates,
+    rows_of_point,
+)
 from topd_ray.studies.local_correction.updates import Student
 from topd_ray.types import SparseTargets, TeacherScores, Trajectory
 
@@ -190,7 +196,7 @@ def test_rows_of_a_point(config: TopdConfig, student: Student, point: Point, dis
     arms = [(arm, rate) for rate in (RATE / 2, RATE) for arm in ARMS]
     assert [(row.arm, row.learning_rate) for row in rows] == [(BEFORE, 0.0), *arms]
     assert {(row.point, row.name) for row in rows} == {(3, "p/0/0@1")}
-    assert [len(row.losses) for row in rows] == [0, *[2] * 6]
+    assert [len(row.losses) for row in rows] == [0, *[2] * len(arms)]
     plain = load_tiny_model(Path(config.student.model))
     greedy = np.asarray(plain_greedy(plain, PREFIX, WINDOW), np.int32)
     assert rows[0].greedy == pytest.approx(distances_of([greedy], [point.teacher_ids])[0], abs=1e-9)
@@ -201,18 +207,48 @@ def test_rows_of_a_point(config: TopdConfig, student: Student, point: Point, dis
     asked: list[int] = []
     window_at = partial(lambda _, update: asked.append(update) or point.window)  # type: ignore[func-returns-value]
     assert rows_of_point(config, student, 3, point, distances_of, window_at) == rows
-    assert asked == [0, 1] * 6
+    assert asked == [0, 1] * len(arms)
 
 
 def test_the_identity_learns_the_teachers_token_in_its_place(point: Point) -> None:
     for length in (2, 5, WINDOW):
         teacher_ids = np.arange(30, 30 + length, dtype=np.int32)
         windows = replace(point.window.windows, teacher_ids=teacher_ids)
-        targets = identity_targets(replace(point.window, windows=windows))
+        targets = by_identity(replace(point.window, windows=windows)).targets
         num_tokens = point.window.trajectory.num_response_tokens
         guided = min(length, num_tokens)
         assert unfold(targets) == [{30 + i: 1.0} for i in range(guided)] + [{}] * (num_tokens - guided)
         assert not targets.entropy.any()
+
+
+def test_the_teachers_context_is_that_of_training(config: TopdConfig, distances_of: Distances, point: Point) -> None:
+    """The branch is the one that near_future.guidance_context=teacher makes, and the window itself guides nothing."""
+    near_future = config.near_future.model_copy(update={"guidance_context": "teacher"})
+    objective = config.objective.model_copy(update={"method": "topd"})
+    look_ahead = LookAhead(near_future, objective, distances_of.embedding_VD, None, config.run.seed)  # type: ignore[arg-type]
+    asked = as_asked(point.window.trajectory, point.window.scores, point.teacher_ids)
+    (trained,) = look_ahead.fold([asked], GUIDES_ALWAYS)
+    ours = in_teacher_context(point.window)
+    assert ours.targets.num_guided == trained.targets.num_guided == 0
+    for name in ("positions", "indptr", "token_ids"):
+        np.testing.assert_array_equal(getattr(ours.branches, name), getattr(trained.branches, name))
+    assert unfold(ours.branches.targets) == unfold(trained.branches.targets)
+    assert unfold(ours.branches.targets) == [{token: 1.0} for token in point.teacher_ids.tolist()]
+
+
+def test_the_loss_in_the_teachers_context_is_its_cross_entropy(
+    config: TopdConfig, student: Student, point: Point
+) -> None:
+    """By hand from a plain forward pass: OPD's loss, and the mean of -log p_S of the teacher's tokens after its own."""
+    window = in_teacher_context(point.window)
+    with student.restored():
+        (opd,) = student.update(lambda _: point.window, "opd", RATE, 1)
+    with student.restored():
+        (loss,) = student.update(lambda _: window, "topd", RATE, 1)
+    plain = load_tiny_model(Path(config.student.model))
+    ids = point.teacher_ids.tolist()
+    logp = plain_logprobs(plain, PREFIX, ids, TEMPERATURE)[np.arange(len(ids)), ids]
+    assert loss == pytest.approx(opd + config.objective.guidance_weight * -float(logp.mean()), rel=1e-5)
 
 
 def test_what_the_targets_teach_is_told(point: Point) -> None:
@@ -276,6 +312,7 @@ def test_figures_of_rows_made_by_hand(config: TopdConfig, point: Point, tmp_path
         "opd": opd.tolist(),
         "topd": (opd * 0.5).tolist(),
         "identity": (opd * 0.5 + 0.1).tolist(),
+        "teacher_context": (opd * 0.25).tolist(),
     }
     left["topd"][0] = opd[0] + 0.2
     points, rows = made(point, left)
@@ -287,6 +324,7 @@ def test_figures_of_rows_made_by_hand(config: TopdConfig, point: Point, tmp_path
     assert found["topd_minus_opd"].value == pytest.approx((topd - opd).mean())
     assert (found["nearer"].value, found["farther"].value) == (39 / 40, 1 / 40)
     assert found["identity_minus_topd"].value == pytest.approx((np.array(left["identity"]) - topd).mean())
+    assert found["teacher_context_ratio"].value == pytest.approx(0.25)
     assert figures["distance"]["rates"][2.0]["opd"].value == pytest.approx(opd.mean() / 2)
     assert figures["distance"]["best_ratio"].value == pytest.approx(found["ratio"].value)
     start = figures["start"]["opd"]
@@ -302,7 +340,8 @@ def test_figures_of_rows_made_by_hand(config: TopdConfig, point: Point, tmp_path
 
 
 def test_too_few_points_are_said_and_get_no_interval(config: TopdConfig, point: Point, tmp_path: Path) -> None:
-    points, rows = made(point, {BEFORE: [0.5] * 3, "opd": [0.4] * 3, "topd": [0.2] * 3, "identity": [0.3] * 3})
+    arms = {BEFORE: 0.5, "opd": 0.4, "topd": 0.2, "identity": 0.3, "teacher_context": 0.1}
+    points, rows = made(point, {arm: [left] * 3 for arm, left in arms.items()})
     figures = figures_of(points, rows, [1.0, 2.0], 1.0)
     ratio = figures["distance"]["rates"][1.0]["ratio"]
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (pytest.approx(0.5), None, None, 3)

@@ -19,8 +19,8 @@ from topd_ray.objective import unit_embeddings
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.probe.examples import Example, examples_page, find_examples
 from topd_ray.studies.probe.figures import Figures, Probed, false_alarm_share, find_figures
+from topd_ray.studies.probe.report import tables
 from topd_ray.studies.probe.rows import SCHEMA, choose_positions, coarse_entropy, position_costs
-from topd_ray.studies.probe.study import tables
 from topd_ray.studies.results import claim_folder
 from topd_ray.types import Trajectory
 
@@ -122,7 +122,22 @@ def test_short_rollouts_and_cut_windows_are_counted_and_count() -> None:
     }
     assert counts["positions"] == {"high": 2, "random": 1, "low": 2} and counts["response_tokens"] == 85
     assert found.median_distance["low"].value == pytest.approx(0.3), "cut windows are among the figures"
+    assert found.full_windows is None, "no random position has a full window"
     assert found.notes[0].startswith("1 of 3 rollouts are shorter than a window of 8 tokens; 4 of 5 windows are cut")
+
+
+def test_full_windows_alone_stand_beside() -> None:
+    """Short windows at the end of the responses: the same figures as if they had never been looked at."""
+    whole = prompts(25)
+    short = [{**one, "distance": 0.01, "position": 33 + index % 7} for index, one in enumerate(prompts(25))]
+    found, alone = figures_of([*whole, *short]), figures_of(whole)
+    assert found.full_windows is not None and alone.full_windows is not None
+    assert found.full_windows.to_json() == alone.full_windows.to_json() == {**alone.to_json(), "full_windows": None}
+    assert found.median_distance["high"].value < alone.median_distance["high"].value
+    (table,) = tables(found)
+    assert table.columns == ("", "here [95 %]", "full windows", "paper")
+    assert [row[2] for row in table.rows] == [row[1] for row in tables(alone)[0].rows]
+    assert found.to_json()["full_windows"]["counts"]["positions"] == {"high": 25, "random": 25, "low": 25}
 
 
 def test_too_few_prompts_for_an_interval_are_said_and_not_computed() -> None:
@@ -138,7 +153,8 @@ def test_identical_low_loss_futures_make_the_papers_share_empty_and_that_is_said
     found = figures_of(rows)
     assert found.false_alarm_share.value == 0.0
     assert any("upper quartile of the low-loss distances is 0" in note for note in found.notes)
-    assert ("false alarms among high-loss positions", "-", "29.23 %") in tables(found)[0].rows
+    rows_of_table = {row[0]: (row[1], row[-1]) for row in tables(found)[0].rows}
+    assert rows_of_table["false alarms among high-loss positions"] == ("-", "29.23 %")
 
 
 def test_a_kind_without_positions_is_refused() -> None:

@@ -36,7 +36,7 @@ class LocalCorrectionConfig(Section):
     from the rollout's own. The teacher's engine then stays open beside the student."""
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """AdamW's rate for these updates; unset: learner.learning_rate."""
-    other_rates: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.3, 3.0)
+    other_rates: tuple[Annotated[float, Field(gt=0.0)], ...] = (0.1, 0.3, 3.0)
     """Multiples of that rate at which everything is done as well: what is left depends on the rate."""
 
 

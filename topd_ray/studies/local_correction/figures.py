@@ -21,10 +21,17 @@ from topd_ray.studies.statistics import FEWEST, Floats, Interval, bootstrap
 from topd_ray.studies.tables import Table, shown
 
 BEFORE = "before"
-NAMES = {"opd": "OPD", "topd": "TOPD", "identity": "TOPD, the identity as plan"}
+NAMES = {
+    "opd": "OPD",
+    "topd": "TOPD",
+    "identity": "TOPD, the identity as plan",
+    "teacher_context": "TOPD, the teacher's context",
+}
+SHORT = {"opd": "OPD", "topd": "TOPD", "identity": "identity", "teacher_context": "teacher's context"}
+"""The same where there is little room."""
 PAPER = {"rollout": 0.538, "opd": 0.350, "topd": 0.204, "ratio": 0.204 / 0.350}
 """The paper's figure 5; it does not say whether its "before" is the rollout's own window, or drawn again."""
-COLOURS = {"opd": RED, "topd": BLUE, "identity": "#edae49"}
+COLOURS = {"opd": RED, "topd": BLUE, "identity": "#edae49", "teacher_context": "#3c8d5a"}
 Kind = Literal["distance", "greedy", "start"]
 
 
@@ -37,7 +44,7 @@ class Row:
     name: str
     """trajectory@position"""
     arm: str
-    """`before`, `opd`, `topd` or `identity`"""
+    """`before`, or one of NAMES"""
     learning_rate: float
     """0 for `before`"""
     distances: list[float]
@@ -85,10 +92,12 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     """Means with 95 % intervals; those below `rates` are by learning rate, for both kinds of continuation.
 
     Of a rate: the mean that each arm leaves, `topd_minus_opd` and `identity_minus_topd` (paired), `ratio` (mean left by
-    TOPD over mean left by OPD), the shares of points at which TOPD leaves less (`nearer`) and more (`farther`).
-    `best_ratio`: the same ratio with either method at the rate that suits it best, which is chosen again in each
-    resample. `labels`: those of `rate` by what the mismatches mean, where that is known. `start`, of `rate`: the share
-    of continuations that begin with the teacher's first token, and the mean distance of those that do and do not.
+    TOPD over mean left by OPD), `teacher_context_ratio` (the same of learning in the teacher's context), the shares of
+    points at which TOPD leaves less (`nearer`) and more (`farther`).
+    `best_ratio`: TOPD's with either method at the rate that suits it best, which is chosen again in each resample;
+    `teacher_context_best_ratio`: the same in the teacher's context.
+    `labels`: those of `rate` by what the mismatches mean, where that is known. `start`, of `rate`: the share of
+    continuations that begin with the teacher's first token, and the mean distance of those that do and do not.
     `targets`: see `targets_of`. Resamples are of prompts.
     """
     clusters = clusters_of(points)
@@ -103,11 +112,12 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     kinds: tuple[Kind, ...] = ("distance", "greedy")
     for kind in kinds:
         columns = columns_of(rows, kind)
-        opd, topd = ([columns[arm, one] for one in rates] for arm in ("opd", "topd"))
+        opd, topd, in_context = ([columns[arm, one] for one in rates] for arm in ("opd", "topd", "teacher_context"))
         figures[kind] = {
             BEFORE: bootstrap(_mean, columns[BEFORE, 0.0], clusters=clusters),
             "rates": {one: _of_rate({arm: columns[arm, one] for arm in NAMES}, clusters) for one in rates},
             "best_ratio": bootstrap(_best_ratio, *opd, *topd, clusters=clusters),
+            "teacher_context_best_ratio": bootstrap(_best_ratio, *opd, *in_context, clusters=clusters),
         }
     columns = columns_of(rows, "distance")
     for label in sorted({point.label for point in points if point.label}):
@@ -163,6 +173,7 @@ def _of_rate(left: Mapping[str, Floats], clusters: NDArray[np.int64]) -> dict[st
         "topd_minus_opd": over(_mean, difference),
         "identity_minus_topd": over(_mean, left["identity"] - left["topd"]),
         "ratio": over(_ratio, left["topd"], left["opd"]),
+        "teacher_context_ratio": over(_ratio, left["teacher_context"], left["opd"]),
         "nearer": over(_mean, (difference < 0).astype(np.float64)),
         "farther": over(_mean, (difference > 0).astype(np.float64)),
     }
@@ -177,9 +188,10 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
         ("drawn again before", sampled[BEFORE], None),
         ("after OPD", ours["opd"], PAPER["opd"]),
         ("after TOPD", ours["topd"], PAPER["topd"]),
-        ("after TOPD, the identity as plan", ours["identity"], None),
+        *((f"after {NAMES[arm]}", ours[arm], None) for arm in ("identity", "teacher_context")),
         ("the teacher, drawn again", figures["teacher_again"], None),
         ("TOPD / OPD", ours["ratio"], PAPER["ratio"]),
+        ("the same in the teacher's context", ours["teacher_context_ratio"], None),
         ("TOPD - OPD, paired", ours["topd_minus_opd"], PAPER["topd"] - PAPER["opd"]),
         ("identity - TOPD, paired", ours["identity_minus_topd"], None),
     ]
@@ -209,19 +221,20 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
 
 
 def _by_rate(title: str, figures: Mapping[str, Any]) -> Table:
-    columns = ["learning rate", "OPD", "TOPD", "identity", "TOPD / OPD", "TOPD - OPD", "nearer, farther"]
-    rows = [["none", *[shown(figures[BEFORE])] * 3, "", "", ""]]
+    columns = ["learning rate", *SHORT.values(), "TOPD / OPD", "context / OPD", "TOPD - OPD", "nearer, farther"]
+    rows = [["none", *[shown(figures[BEFORE])] * len(SHORT), "", "", "", ""]]
     for rate, found in figures["rates"].items():
         shares = f"{shown(found['nearer'].value, '%')}, {shown(found['farther'].value, '%')}"
-        keys = ("opd", "topd", "identity", "ratio", "topd_minus_opd")
+        keys = (*SHORT, "ratio", "teacher_context_ratio", "topd_minus_opd")
         rows.append([f"{rate:g}", *(shown(found[key]) for key in keys), shares])
-    rows.append(["each at its best", "", "", "", shown(figures["best_ratio"]), "", ""])
+    best = [shown(figures[key]) for key in ("best_ratio", "teacher_context_best_ratio")]
+    rows.append(["each at its best", *[""] * len(SHORT), *best, "", ""])
     return Table(title=title, columns=columns, rows=rows)
 
 
 def _by_label(title: str, figures: Mapping[str, Any]) -> Table:
-    columns = ["mismatch", "points", "before", "OPD", "TOPD", "identity", "TOPD / OPD"]
-    keys = (BEFORE, "opd", "topd", "identity", "ratio")
+    columns = ["mismatch", "points", "before", *SHORT.values(), "TOPD / OPD"]
+    keys = (BEFORE, *SHORT, "ratio")
     rows = [[label, str(found["opd"].n), *(shown(found[key]) for key in keys)] for label, found in figures.items()]
     return Table(title=title, columns=columns, rows=rows)
 
@@ -261,7 +274,7 @@ def draw_picture(path: Path, rows: Sequence[Row], figures: Mapping[str, Any], ra
             strip.plot(place + rng.uniform(-0.22, 0.22, values.size), values, ".", color=colour, alpha=0.35, ms=4)
             strip.plot([place - 0.3, place + 0.3], [values.mean()] * 2, color="black", lw=2)
             strip.annotate(f"{values.mean():.3f}", (place + 0.32, values.mean()), va="center", fontsize=8)
-        strip.set_xticks(range(len(order)), ["before", "OPD", "TOPD", "TOPD,\nidentity"])
+        strip.set_xticks(range(len(order)), ["before", *(name.replace(" ", "\n") for name in SHORT.values())])
         strip.set_xlim(-0.6, len(order) - 0.2)
         strip.set_ylabel("OT distance to the teacher's window")
         strip.set_title(f"{figures['num_points']} divergent points, bars are means", fontsize=9)
@@ -296,6 +309,6 @@ def _ratio(left: Floats, of: Floats) -> float:
 
 
 def _best_ratio(*columns: Floats) -> float:
-    """The first half of the columns is OPD's, by learning rate, the second TOPD's."""
+    """The first half of the columns is OPD's, by learning rate, the second the other method's."""
     means = np.reshape([column.mean() for column in columns], (2, -1)).min(1)
     return float(means[1] / means[0]) if means[0] > 0 else float("nan")

@@ -63,7 +63,7 @@ from topd_ray.studies.local_correction.updates import Method, Student
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.statistics import plain
-from topd_ray.types import GuidedTrajectory, SparseTargets, Trajectory
+from topd_ray.types import Branches, GuidedTrajectory, SparseTargets, Trajectory
 
 STUDY = "local-correction"
 POINTS_A_PART = 10
@@ -86,21 +86,38 @@ class Arm:
     """A way to learn from a window."""
 
     method: Method
-    targets: Callable[[GuidedTrajectory], SparseTargets] = lambda window: window.targets
+    guided: Callable[[GuidedTrajectory], GuidedTrajectory] = lambda window: window
+    """the window with the guidance of this arm"""
 
 
-def identity_targets(window: GuidedTrajectory) -> SparseTargets:
+def by_identity(window: GuidedTrajectory) -> GuidedTrajectory:
     """Position i learns the teacher's i-th token, and nothing beyond the shorter window: what transport adds to."""
     num_tokens, teacher_ids = window.trajectory.num_response_tokens, window.windows.teacher_ids
     width = max(num_tokens, len(teacher_ids))
     plan, lengths = identity_plans([num_tokens], [len(teacher_ids)], width)
-    return fold_windows(plan, pad_windows([teacher_ids], width)[0], [0], num_tokens, lengths, lengths)
+    targets = fold_windows(plan, pad_windows([teacher_ids], width)[0], [0], num_tokens, lengths, lengths)
+    return replace(window, targets=targets)
+
+
+def in_teacher_context(window: GuidedTrajectory) -> GuidedTrajectory:
+    """The teacher's window is learnt after the prefix and the teacher's own tokens (guidance_context=teacher)."""
+    teacher_ids = window.windows.teacher_ids
+    num_tokens = len(teacher_ids)
+    plan, _ = identity_plans([num_tokens], [num_tokens], num_tokens)
+    branch = Branches(
+        positions=np.zeros(1, np.int32),
+        indptr=np.asarray([0, num_tokens], np.int64),
+        token_ids=teacher_ids,
+        targets=fold_windows(plan, teacher_ids[None], [0], num_tokens),
+    )
+    return replace(window, targets=SparseTargets.empty(window.trajectory.num_response_tokens), branches=branch)
 
 
 ARMS = {
     "opd": Arm(method="opd"),
     "topd": Arm(method="topd"),
-    "identity": Arm(method="topd", targets=identity_targets),
+    "identity": Arm(method="topd", guided=by_identity),
+    "teacher_context": Arm(method="topd", guided=in_teacher_context),
 }
 
 
@@ -171,8 +188,7 @@ def rows_of_point(
             with student.restored():
 
                 def window_at(update: int, arm: Arm = arm) -> GuidedTrajectory:
-                    window = redrawn(point, update) if redrawn else point.window
-                    return replace(window, targets=arm.targets(window))
+                    return arm.guided(redrawn(point, update) if redrawn else point.window)
 
                 losses = student.update(window_at, arm.method, rate, study.num_updates)
                 continuations += draw()

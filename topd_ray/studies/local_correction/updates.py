@@ -17,7 +17,7 @@ import torch
 
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.tokenizer import read_vocabulary
-from topd_ray.engines.collate import collate
+from topd_ray.engines.collate import branch_rows, collate
 from topd_ray.engines.optimisation import adamw, parameter_groups
 from topd_ray.engines.student_model import BatchTotals, StudentWithLoss, load_student, loss_spec
 from topd_ray.errors import NonFiniteLossError
@@ -71,7 +71,8 @@ class Student:
         """Update on window_at(0), window_at(1), ... with an AdamW of its own; the loss before each (nats a token).
 
         One update's loss is the mean divergence of the window's tokens and, under `topd`, guidance_weight times the
-        guidance of the window's targets, reduced as in training. The rest of AdamW, and clipping, are the learner's.
+        guidance of the window's targets and its branches', reduced as in training. The rest of AdamW, and clipping, are
+        the learner's.
         Raises NonFiniteLossError for a loss that is NaN or infinite.
         """
         module = self._modules[method]
@@ -83,10 +84,13 @@ class Student:
             window = window_at(index)
             totals = BatchTotals(
                 num_tokens=window.trajectory.num_response_tokens,
-                num_guided=window.targets.num_guided,
+                num_guided=window.num_guided,
                 num_trajectories=1,
             )
-            loss, _ = module(collate([window], self._device), totals)
+            batches = [collate([window], self._device)]
+            if branches := list(branch_rows(window)):
+                batches.append(collate(branches, self._device, is_of_branches=True))
+            loss = torch.stack([module(batch, totals)[0] for batch in batches]).sum()
             losses.append(float(loss.detach()))
             if not np.isfinite(losses[-1]):
                 raise NonFiniteLossError(
@@ -94,7 +98,7 @@ class Student:
                     f"learning rate {learning_rate:g}; right would be a smaller rate"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             if self._learner.gradient_clipping:
                 torch.nn.utils.clip_grad_norm_(module.parameters(), self._learner.gradient_clipping)
             optimizer.step()

@@ -1,11 +1,13 @@
 """The figures of a probe: how far the futures part from high-loss, random and low-loss positions (paper, section 3).
 
 Every probed position counts with the windows it has: where the response ends within K tokens, the student's window is
-shorter (as in training), and so may the teacher's be. Intervals resample prompts, whose positions are not independent.
+shorter (as in training), and so may the teacher's be. Short windows lie nearer, and are not as frequent among all kinds
+of positions, so the same figures of full windows alone stand beside. Intervals resample prompts, whose positions are
+not independent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,15 @@ class Probed:
             label=columns["label"].astype(np.str_),
         )
 
+    def where(self, rows: Bools) -> "Probed":
+        """Only these rows."""
+        return Probed(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
+
+    def has_full_window(self, window: int) -> Bools:
+        """Whether the response does not end within the `window` tokens from the position on."""
+        full: Bools = self.num_response_tokens - self.position >= window
+        return full
+
     def of_kind(self, kind: Kind) -> Bools:
         found: Bools = self.kind == kind
         return found
@@ -105,12 +116,14 @@ class Figures:
     detection: Mapping[str, Any] | None
     """see `detect`; None where no label is known"""
     notes: Sequence[str]
+    full_windows: "Figures | None" = None
+    """the same over positions whose student window has all its tokens; None where a kind has no such position"""
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = plain(
-            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "notes"}
+            {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("notes", "full_windows")}
         )
-        return found
+        return found | {"full_windows": self.full_windows.to_json() if self.full_windows else None}
 
 
 def find_figures(probed: Probed, config: TopdConfig) -> Figures:
@@ -118,14 +131,20 @@ def find_figures(probed: Probed, config: TopdConfig) -> Figures:
 
     Raises DataError where a kind has no position at all.
     """
-    kinds = {kind: probed.of_kind(kind) for kind in KINDS}
-    for kind, rows in kinds.items():
-        if not rows.any():
+    for kind in KINDS:
+        if not probed.of_kind(kind).any():
             raise DataError(
                 f"found no {kind}-loss position in {np.unique(probed.trajectory).size} rollouts of at most "
                 f"{probed.num_response_tokens.max(initial=0)} tokens, right would be rollouts of more tokens, or a "
                 "smaller near_future.candidate_fraction"
             )
+    full = probed.where(probed.has_full_window(config.near_future.window))
+    has_all_kinds = all(full.of_kind(kind).any() for kind in KINDS)
+    return replace(_figures(probed, config), full_windows=_figures(full, config) if has_all_kinds else None)
+
+
+def _figures(probed: Probed, config: TopdConfig) -> Figures:
+    kinds = {kind: probed.of_kind(kind) for kind in KINDS}
     contrast = kinds["high"] | kinds["low"]
     has_loss = np.isfinite(probed.loss)  # a token that the teacher rules out has none
     correlated = {"all": probed.once(), "high": kinds["high"], "random": kinds["random"]}
@@ -163,7 +182,7 @@ def count(probed: Probed, config: TopdConfig) -> dict[str, Any]:
     window = config.near_future.window
     _, first = np.unique(probed.trajectory, return_index=True)
     lengths = probed.num_response_tokens[first]
-    is_cut = probed.num_response_tokens - probed.position < window
+    is_cut = ~probed.has_full_window(window)
     return {
         "window": window,
         "prompts": int(np.unique(probed.prompt).size),

@@ -21,12 +21,12 @@ from topd_ray.studies.futures import Distances, open_teacher
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
 from topd_ray.studies.probe.examples import examples_page, find_examples
-from topd_ray.studies.probe.figures import PAPER, Figures, Probed, find_figures
+from topd_ray.studies.probe.figures import PAPER, Probed, find_figures
 from topd_ray.studies.probe.pictures import draw_pictures
-from topd_ray.studies.probe.rows import KINDS, SCHEMA, Prober, loss_of
+from topd_ray.studies.probe.report import tables
+from topd_ray.studies.probe.rows import SCHEMA, Prober, loss_of
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.rollouts import Rollouts, first_requests
-from topd_ray.studies.tables import Table, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,43 +121,6 @@ def _conclude(
     )
     save_results(out, results)
     return results
-
-
-def tables(figures: Figures) -> list[Table]:
-    """The figures to read: beside the paper's, and the detection of forks where that is known."""
-    counts, here = figures.counts, "here [95 %]"
-    lines: list[tuple[str, str, str]] = []
-    for kind in KINDS:
-        name = "random positions" if kind == "random" else f"{kind}-loss positions"
-        paper = shown(PAPER["median_distance"][kind])
-        lines.append((f"median distance, {name}", shown(figures.median_distance[kind]), paper))
-        lines.append((f"mean distance, {name}", shown(figures.mean_distance[kind]), "-"))
-        lines.append((f"distance 0, {name}", shown(figures.zero_share[kind], "%"), "-"))
-    alarms = figures.false_alarm_share if figures.low_quartile.value > 0.0 else None
-    share = shown(PAPER["false_alarm_share"], "%", 4)
-    lines.append(("false alarms among high-loss positions", shown(alarms, "%"), share))
-    over = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}
-    for name, values in (("Pearson", figures.pearson), ("Spearman", figures.spearman)):
-        paper = shown(PAPER[name.lower()])
-        lines += [
-            (f"{name} of loss and distance, {over[key]}", shown(value), "-" if key == "random" else paper)
-            for key, value in values.items()
-        ]
-    title = (
-        f"Near futures {counts['window']} tokens ahead (paper: {PAPER['window']}): {counts['trajectories']} rollouts, "
-        f"{counts['positions']['high']} high-loss positions"
-    )
-    found = [Table(title=title, columns=("", here, "paper"), rows=lines)]
-    if (detection := figures.detection) is not None:
-        labels = ", ".join(f"{number} {name}" for name, number in detection["labels"].items())
-        rows = [
-            ("forks among decided positions", shown(detection["fork_share"], "%")),
-            (f"precision of distance > {detection['threshold']:.3f}", shown(detection["precision"], "%")),
-            (f"recall of distance > {detection['threshold']:.3f}", shown(detection["recall"], "%")),
-            *((f"AUC of {score.replace('_', ' ')}", shown(value)) for score, value in detection["auc"].items()),
-        ]
-        found.append(Table(title=f"Detection of forks: {labels}", columns=("", here), rows=rows))
-    return found
 
 
 def _peak_gib() -> float:

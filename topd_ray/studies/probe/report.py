@@ -1,0 +1,73 @@
+"""The figures of a probe as tables, beside the paper's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topd_ray.studies.probe.figures import PAPER, Figures
+from topd_ray.studies.probe.rows import KINDS
+from topd_ray.studies.tables import Table, shown
+
+FALSE_ALARMS = "false alarms among high-loss positions"
+OVER = {"all": "all three kinds", "high": "high-loss positions", "random": "random positions"}
+
+
+def tables(figures: Figures) -> list[Table]:
+    """The figures of all windows, of full ones and the paper's; and the detection of forks where that is known."""
+    counts, full = figures.counts, figures.full_windows
+    paper: dict[str, str] = {f"median distance, {_of(kind)}": shown(PAPER["median_distance"][kind]) for kind in KINDS}
+    paper[FALSE_ALARMS] = shown(PAPER["false_alarm_share"], "%", 4)
+    for name in ("Pearson", "Spearman"):
+        paper |= {_correlation(name, over): shown(PAPER[name.lower()]) for over in ("all", "high")}
+    title = (
+        f"Near futures {counts['window']} tokens ahead (paper: {PAPER['window']}): {counts['trajectories']} rollouts, "
+        f"{counts['positions']['high']} high-loss positions"
+        + (f", {full.counts['positions']['high']} with full windows" if full else "")
+    )
+    found = [_table(title, [_plain_rows(figures), _plain_rows(full) if full else None], paper)]
+    if (detection := figures.detection) is not None:
+        labels = ", ".join(f"{number} {name}" for name, number in detection["labels"].items())
+        of_full = _detection_rows(full.detection) if full and full.detection else None
+        found.append(_table(f"Detection of forks: {labels}", [_detection_rows(detection), of_full]))
+    return found
+
+
+def _of(kind: str) -> str:
+    return "random positions" if kind == "random" else f"{kind}-loss positions"
+
+
+def _correlation(name: str, over: str) -> str:
+    return f"{name} of loss and distance, {OVER[over]}"
+
+
+def _table(title: str, columns: Sequence[dict[str, str] | None], paper: dict[str, str] | None = None) -> Table:
+    """All windows, full ones and, where given, the paper's, by the names of the first."""
+    named: dict[str, dict[str, str] | None] = {"here [95 %]": columns[0], "full windows": columns[1], "paper": paper}
+    kept = {name: column for name, column in named.items() if column is not None}
+    names = [*(columns[0] or {})]
+    return Table(
+        title=title,
+        columns=("", *kept),
+        rows=[(name, *(column.get(name, "-") for column in kept.values())) for name in names],
+    )
+
+
+def _plain_rows(figures: Figures) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for kind in KINDS:
+        rows[f"median distance, {_of(kind)}"] = shown(figures.median_distance[kind])
+        rows[f"mean distance, {_of(kind)}"] = shown(figures.mean_distance[kind])
+        rows[f"distance 0, {_of(kind)}"] = shown(figures.zero_share[kind], "%")
+    rows[FALSE_ALARMS] = shown(figures.false_alarm_share if figures.low_quartile.value > 0.0 else None, "%")
+    for name, values in (("Pearson", figures.pearson), ("Spearman", figures.spearman)):
+        rows |= {_correlation(name, over): shown(value) for over, value in values.items()}
+    return rows
+
+
+def _detection_rows(detection: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "forks among decided positions": shown(detection["fork_share"], "%"),
+        "threshold of the distance": shown(detection["threshold"]),
+        "precision above it": shown(detection["precision"], "%"),
+        "recall above it": shown(detection["recall"], "%"),
+        **{f"AUC of {score.replace('_', ' ')}": shown(value) for score, value in detection["auc"].items()},
+    }
