@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from topd_ray.pipeline.fleet import Fleet
 from topd_ray.pipeline.ledger import read_ledger
 from topd_ray.pipeline.plan import Plan, plan_run
 from topd_ray.pipeline.run import run
-from topd_ray.types import Metric, RolloutRequest, UpdateReport
+from topd_ray.types import Completions, Metric, Prompt, RolloutRequest, UpdateReport
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         "data.heldout=null",
         "metrics.tensorboard=false",
     )
-    settings = (f"run.root={tmp_path}", "faults.replace_seconds=77", *steps, *small)
+    settings = (f"run.root={tmp_path}", "faults.replace_seconds=77", *small)
     return plan_run(load_config(Path("jobs/demo.yaml"), settings), print)
 
 
@@ -155,6 +155,9 @@ class Losing(Fleet):
 
     def publish_weights(self) -> int:
         return self._version
+
+    def evaluate(self, prompts: Sequence[Prompt], **_: object) -> Iterator[Completions]:
+        raise AssertionError("there is nothing to evaluate")
 
     def own_teacher(self, requests: Sequence[RolloutRequest]) -> list[GuidedItem]:
         return []
