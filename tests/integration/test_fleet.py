@@ -31,7 +31,7 @@ from topd_ray.actors.fleet import RayFleet
 from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import EvaluationConfig, TopdConfig
-from topd_ray.errors import NonFiniteLossError, RolloutError, TopdError, WorkerLostError
+from topd_ray.errors import NonFiniteLossError, RolloutError, TeacherError, TopdError, WorkerLostError
 from topd_ray.types import Prompt, RolloutRequest
 
 ROOT = Path(__file__).parents[2]
@@ -433,3 +433,23 @@ def test_a_worker_that_cannot_be_set_up(started: Callable[..., RayFleet], orders
     )
     with pytest.raises(RolloutError, match=message + "the last time: The actor died unexpectedly"):
         started("faults.max_restarts=1")
+
+
+@pytest.mark.parametrize("role", ["rollout", "teacher"])
+def test_slow_losses_of_a_worker_are_forgotten_only_after_progress(
+    started: Callable[..., RayFleet], orders: Orders, role: str
+) -> None:
+    fleet = started("faults.max_restarts=1", "faults.window_seconds=0.01")
+
+    def lose() -> None:
+        os.kill(pid_of(fleet, role, 0), signal.SIGKILL)
+        hear(fleet, some(Lost))
+        settle(fleet)
+
+    for _ in range(2):
+        guide(fleet, 0, write(fleet, 0, "p1"))
+        lose()
+    error = {"rollout": RolloutError, "teacher": TeacherError}[role]
+    message = rf"^{role} worker 0 has failed more than faults\.max_restarts=1 times without progress, the last time"
+    with pytest.raises(error, match=message):
+        lose()

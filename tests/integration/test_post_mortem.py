@@ -72,6 +72,8 @@ def test_a_bundle_holds_what_is_needed_and_no_secret(tmp_path: Path, running_ray
     pq.write_table(table, run / "failed_batch" / "version-000003-rank-0.parquet")
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1000)))
     (run / "ledger.jsonl").write_text('{"prompt": "a"}\n')
+    (run / "quarantine.jsonl").write_text('{"step": 1, "prompt_id": "b"}\n')
+    (run / "failed_batch" / "update-000004.jsonl").write_text('{"trajectory_id": "c/0/0"}\n')
     said: list[str] = []
     bundle = write_post_mortem(config, failure(), said.append)
     assert bundle is not None and bundle.parent == run.absolute() / "post-mortem"
@@ -83,6 +85,8 @@ def test_a_bundle_holds_what_is_needed_and_no_secret(tmp_path: Path, running_ray
     steps = [json.loads(line)["step"] for line in (bundle / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(800, 1000))
     assert (bundle / "ledger.jsonl").read_text() == '{"prompt": "a"}\n'
+    assert (bundle / "quarantine.jsonl").read_text() == '{"step": 1, "prompt_id": "b"}\n'
+    assert (bundle / "failed_batch" / "update-000004.jsonl").read_text() == '{"trajectory_id": "c/0/0"}\n'
     assert pq.read_table(bundle / "failed_batch" / "version-000003-rank-0.parquet").equals(table)
 
     (out,) = (bundle / "logs" / "driver-node").glob("RolloutWorker-*.out")

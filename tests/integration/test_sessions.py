@@ -90,6 +90,36 @@ def test_the_last_restart_has_a_post_mortem_and_one_clear_line(go: Go, orders: O
     assert not ray.is_initialized()
 
 
+def test_an_input_that_kills_the_learner_ends_the_run_however_slowly_and_is_among_those_named(
+    go: Go, orders: Orders, tmp_path: Path
+) -> None:
+    orders("learner0-learn-2", "die")
+    with pytest.raises(WorkerLostError) as error:
+        go("faults.max_restarts=1", "faults.window_seconds=0.01")
+    folder = tmp_path / "run"
+    message = str(error.value)
+    assert message.startswith(
+        "the run had to begin again more than faults.max_restarts=1 times without progress, the last time: learner "
+        "rank 0 is lost: The actor died unexpectedly"
+    )
+    assert "; it was loss 2 while the learner made update 3 of 4 trajectories (prompt/epoch/sample): " in message
+    assert message.endswith(f"; all are listed in {folder}/failed_batch/update-000003.jsonl")
+    lines = [json.loads(line) for line in (folder / "failed_batch" / "update-000003.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["trajectory_id"] in message for line in lines)
+    (bundle,) = (folder / "post-mortem").iterdir()
+    assert (bundle / "failed_batch" / "update-000003.jsonl").exists()
+    assert "while the learner made update 3" in (bundle / "error.txt").read_text()
+
+
+def test_losses_of_the_learner_with_progress_in_between_are_forgotten(go: Go, orders: Orders, tmp_path: Path) -> None:
+    for version in (1, 4):
+        orders(f"learner0-learn-{version}", "once die")
+    _, said = go("faults.max_restarts=1", "faults.window_seconds=0.01")
+    assert len(restarts(said)) == 2 and all("it was loss 1 while the learner made" in line for line in restarts(said))
+    assert_each_trained_once(tmp_path / "run")
+    assert not (tmp_path / "run" / "failed_batch").exists()
+
+
 def test_a_worker_that_cannot_start_has_a_post_mortem_with_logs(go: Go, orders: Orders, tmp_path: Path) -> None:
     orders("teacher-setup", "die")
     with pytest.raises(TeacherError, match=r"^teacher worker 0 has failed more than faults\.max_restarts=0 times"):

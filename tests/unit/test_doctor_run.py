@@ -186,7 +186,7 @@ def test_a_run_under_way_and_what_failures_left_are_noted(folder: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         found = troubles(folder)
     assert [(finding.subject, finding.state) for finding in found] == [("lock", "note"), ("failed_batch", "note")]
-    assert found[1].found == "1 files: the batch of a loss that was not finite, as Parquet"
+    assert found[1].found == "1 files: the batch of a loss that was not finite, or that the learner was lost with"
 
 
 def test_a_run_that_has_just_begun_is_well(folder: Path) -> None:

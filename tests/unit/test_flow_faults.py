@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scripted_fleet import Run, Script, ScriptedFleet, make_config, make_tasks
+from topd_ray.actors.events import Event
 from topd_ray.config.schema import FaultsConfig
+from topd_ray.errors import WorkerLostError
 from topd_ray.pipeline.faults import Blame, take_idle
 
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -122,6 +124,28 @@ def test_nothing_is_dropped_twice(seed: int) -> None:
     run = Run(make_config(**sections), Script(seconds=lambda kind, key: choose.choice(seconds[kind])), 12).play()
     run.check()
     assert max(run.tasks.num_drops.values(), default=0) <= 1
+
+
+def test_what_the_learner_is_lost_with_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(make_config(), Script(), 3)
+
+    def learning() -> list[str]:
+        return [task.trajectory_id for task in run.flow.learning]
+
+    assert learning() == []
+    run.flow.update()
+    assert learning() == []
+    wait = run.fleet.wait
+
+    def lose() -> list[Event]:
+        if run.fleet.is_learning:
+            raise WorkerLostError("learner rank 0 is lost")
+        return wait()
+
+    monkeypatch.setattr(run.fleet, "wait", lose)
+    with pytest.raises(WorkerLostError):
+        run.flow.update()
+    assert learning() == ["p2/0/0", "p2/0/1", "p3/0/0", "p3/0/1"]
 
 
 def test_blame() -> None:

@@ -169,16 +169,50 @@ def slot_of(role: str, index: int, config: TopdConfig) -> Slot:
     return Slot(role=role, index=index, need=need, bundle=0, budget=RestartBudget(config.faults))
 
 
-def test_a_restart_budget_forgets_what_is_long_ago() -> None:
+def test_a_restart_budget_forgets_what_is_long_ago_once_there_was_progress() -> None:
     now = 0.0
     budget = RestartBudget(FaultsConfig(max_restarts=2, window_seconds=10.0), clock=lambda: now)
     assert [budget.spend(), budget.spend(), budget.has_room, budget.spend()] == [True, True, False, False]
+    assert str(budget) == "more than faults.max_restarts=2 times within faults.window_seconds=10"
+    now = 1.0
+    budget.progressed()
     now = 9.9
     assert not budget.has_room
     now = 10.0
     assert budget.has_room and budget.spend()
-    assert str(budget) == "more than faults.max_restarts=2 times within faults.window_seconds=10"
+    assert budget.num_spent == 4
     assert not RestartBudget(FaultsConfig(max_restarts=0)).spend()
+
+
+@pytest.mark.parametrize("seconds", [1.0, 120.0, 1e6])
+def test_restarts_without_progress_add_up_however_slowly_they_come(seconds: float) -> None:
+    now = 0.0
+    budget = RestartBudget(FaultsConfig(max_restarts=5, window_seconds=10.0), clock=lambda: now)
+    budget.progressed()
+    spent = []
+    for _ in range(7):
+        now += seconds
+        spent.append(budget.spend())
+    assert spent == [True] * 5 + [False] * 2
+    quick = "within faults.window_seconds=10"
+    reason = quick if seconds == 1.0 else "without progress"
+    assert str(budget) == f"more than faults.max_restarts=5 times {reason}"
+    now += 1.0
+    budget.progressed()
+    now += 10.0
+    assert budget.spend(), "all are forgotten at once"
+
+
+def test_slow_restarts_with_progress_after_each_go_on_for_ever() -> None:
+    now = 0.0
+    budget = RestartBudget(FaultsConfig(max_restarts=1, window_seconds=10.0), clock=lambda: now)
+    for _ in range(100):
+        now += 10.0
+        assert budget.spend()
+        now += 1.0
+        budget.progressed()
+    now += 5.0
+    assert not budget.spend(), "progress alone does not make it forget"
 
 
 @pytest.mark.parametrize(

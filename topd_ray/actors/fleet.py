@@ -55,9 +55,9 @@ FAILED = {"rollout": RolloutError, "teacher": TeacherError, "learner": LearnerEr
 class RayFleet:
     """Starts Ray (or joins a cluster), reserves room, builds the workers, and passes handles between them.
 
-    A rollout or teacher worker that is lost is made anew, within `faults.max_restarts`. `check_interrupt` is called
-    while the driver waits for what may be broken off; what it raises goes to the caller. `say` hears of workers that
-    stay away.
+    A rollout or teacher worker that is lost is made anew, within `faults.max_restarts`; chunks of trajectories are its
+    progress. `check_interrupt` is called while the driver waits for what may be broken off; what it raises goes to the
+    caller. `say` hears of workers that stay away.
     """
 
     def __init__(
@@ -193,6 +193,7 @@ class RayFleet:
             return [self._lose(slot, error)]
         slot.num_writing -= len(chunk.trajectory_ids)
         slot.heard_at = time.monotonic()
+        slot.budget.progressed()
         return [Written(worker=slot.index, chunk=chunk)]
 
     def _hear(self, future: ray.ObjectRef) -> list[Event]:
@@ -213,6 +214,7 @@ class RayFleet:
             case "pack" if answer is not None:
                 return [Packed(metrics=tuple(weight_metrics(answer, [])))]
             case "guide":
+                slot.budget.progressed()
                 return [Guided(teacher=slot.index, sources=call.sources, chunk=answer)]
             case "learn":
                 return self._learnt(slot.index, answer)

@@ -289,8 +289,10 @@ class FaultsConfig(Section):
     """What happens when workers, nodes or inputs fail."""
 
     max_restarts: Annotated[int, Field(ge=0)] = 5
-    """Restarts of one worker within `window_seconds`; one more ends the run. A restart of the learner takes all workers
-    with it, and the run goes on from its last checkpoint."""
+    """Restarts of one worker; one more ends the run. A restart counts for `window_seconds`, and for longer until there
+    is progress: trajectories that the rollout worker has written or the teacher guided since. A restart of the learner
+    takes all workers with it, and the run goes on from its last checkpoint; progress is then an update that this
+    process had not made before."""
     window_seconds: Annotated[float, Field(gt=0.0)] = 600.0
     """See `max_restarts`."""
     stall_seconds: Annotated[float, Field(gt=0.0)] = 1800.0
@@ -298,8 +300,9 @@ class FaultsConfig(Section):
     replace_seconds: Annotated[float, Field(gt=0.0)] = 900.0
     """How long a lost worker may take to be back, its place on a node and the loading of its model included."""
     max_attempts: Annotated[int, Field(ge=3)] = 4
-    """Failures of a worker that one input may be part of. The last two attempts are made with the input alone on a
-    worker; if both fail, it is put into quarantine (quarantine.jsonl) and the run goes on without it."""
+    """Failures of a rollout or teacher worker that one input may be part of. The last two attempts are made with the
+    input alone on a worker; if both fail, it is put into quarantine (quarantine.jsonl) and the run goes on without it.
+    An input that kills the learner is not: see `max_restarts`."""
 
 
 class WeightsConfig(Section):

@@ -22,7 +22,7 @@ from topd_ray.pipeline.ledger import LedgerReport, read_ledger
 from topd_ray.pipeline.manifest import Identity
 
 REMAINS = {
-    "failed_batch": "the batch of a loss that was not finite, as Parquet",
+    "failed_batch": "the batch of a loss that was not finite, or that the learner was lost with",
     "quarantine.jsonl": "inputs that made their workers fail",
     "post-mortem": "what was known when a session failed",
 }

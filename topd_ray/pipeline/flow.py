@@ -132,6 +132,11 @@ class Flow:
         """Whether the learner has applied the updates that were returned, and no other."""
         return not self._buffer.leased and self._trained is None
 
+    @property
+    def learning(self) -> tuple[Task, ...]:
+        """What the learner makes an update of."""
+        return tuple(self._tasks[item.trajectory_id] for item in self._buffer.leased)
+
     def drain(self) -> None:
         """Wait until no engine has anything to do and all serve the newest policy, as an evaluation wants it."""
         while self._writing.num_writing or not self._guiding.is_idle or not self._writing.all_serve(self._version):

@@ -4,9 +4,9 @@ runs/<name>/post-mortem/<UTC time>/
     error.txt            the exception with its traceback and causes
     about.json           time, command, versions, environment, nodes, and what was left out
     config.yaml          the resolved config
-    metrics.jsonl        the run's last lines; the same of each file ledger*, where the run keeps one
+    metrics.jsonl        the run's last lines; the same of quarantine.jsonl and of each file ledger*, if any
     logs/<node>/...      the end of what this job's workers wrote, one file for each process and stream
-    failed_batch/        the batch that failed, if one was saved
+    failed_batch/        the batch that failed, if one was saved or listed
 
 Bounded in size and in time; text is without secrets (`topd_ray.redaction`), the batch is as it was.
 """
@@ -36,9 +36,9 @@ from topd_ray.pipeline.plan import Say
 from topd_ray.redaction import REDACTED, SECRET_NAME, Redactor
 
 LINES = 200
-"""Of metrics and of each ledger."""
+"""Of metrics, of what was given up and of each ledger."""
 TEXT_BYTES = 1024**2
-"""Of metrics, of a ledger, of the error."""
+"""Of each of these, and of the error."""
 BATCH_BYTES = 256 * 1024**2
 """Of all files of the failed batch together."""
 KEPT = 5
@@ -80,7 +80,8 @@ class _Bundle:
         try:
             self._text("error.txt", "".join(traceback.format_exception(error)))
             self._text("config.yaml", dump_config(self._config))
-            for path in [self._run / "metrics.jsonl", *sorted(self._run.glob("ledger*"))]:
+            lines = [self._run / name for name in ("metrics.jsonl", "quarantine.jsonl")]
+            for path in [*lines, *sorted(self._run.glob("ledger*"))]:
                 self._try(path.name, partial(self._tail, path))
             nodes = self._try("logs", self._logs) or []
             self._try("failed_batch", self._batch)
@@ -134,7 +135,8 @@ class _Bundle:
 
     def _batch(self) -> None:
         room = BATCH_BYTES
-        files = (self._run / "failed_batch").glob("*.parquet")
+        folder = self._run / "failed_batch"
+        files = [*folder.glob("*.parquet"), *folder.glob("*.jsonl")]
         for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
             size = path.stat().st_size
             if size > room:

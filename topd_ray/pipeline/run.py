@@ -12,7 +12,6 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from topd_ray.actors.restarts import RestartBudget
 from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
@@ -39,6 +38,7 @@ from topd_ray.pipeline.interrupt import Interrupt
 from topd_ray.pipeline.plan import Plan, Say, plan_run
 from topd_ray.pipeline.post_mortem import write_post_mortem
 from topd_ray.pipeline.preflight import NUM_PROMPTS, preflight
+from topd_ray.pipeline.setbacks import Setbacks
 from topd_ray.provenance import commit
 from topd_ray.types import Metric, RolloutRequest
 
@@ -61,51 +61,50 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
     fleet_class.check(plan.config)
     folder = plan.config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    restarts = RestartBudget(plan.config.faults)
+    setbacks = Setbacks(plan.config)
     with _only_process_in(folder), Interrupt() as interrupt:
         write_whole(folder / "config.yaml", dump_config(plan.config))
         lost: WorkerLostError | None = None
         while True:
             try:
-                return _run_session(plan, fleet_class, interrupt, say, restarts)
+                return _run_session(plan, fleet_class, interrupt, say, setbacks)
             except ConfigError as error:
                 if lost is None:
                     raise
                 raise WorkerLostError(f"{lost}, and the workers could not start again: {error}") from error
             except WorkerLostError as error:
                 lost = error
-                if not restarts.spend():
-                    raise WorkerLostError(f"the run had to begin again {restarts}, the last time: {error}") from error
+                if not setbacks.budget.spend():
+                    too_often = f"the run had to begin again {setbacks.budget}"
+                    raise WorkerLostError(f"{too_often}, the last time: {error}") from error
                 say(f"{error}; all workers start again, from the last checkpoint")
                 plan = plan_run(again(plan.config), say)
 
 
-def _run_session(
-    plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say, restarts: RestartBudget
-) -> RunState:
+def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say, setbacks: Setbacks) -> RunState:
     with ExitStack() as stack:
         books = Books.open(plan)
         stack.callback(books.close)
         say("starting the workers")
         fleet = fleet_class(plan.config, plan.total_updates, interrupt.check, say)
         stack.callback(fleet.shutdown)
-        stack.enter_context(_post_mortem(plan.config, restarts, say))
+        stack.enter_context(_post_mortem(plan.config, setbacks, say))
         fleet.start()
         try:
-            return Session(plan, fleet, books, interrupt, say, restarts).train()
+            return Session(plan, fleet, books, interrupt, say, setbacks).train()
         except (ConfigError, DataError) as error:  # not the user's input any more
             raise TopdError(f"{type(error).__name__} while running: {error}") from error
 
 
 @contextmanager
-def _post_mortem(config: TopdConfig, restarts: RestartBudget, say: Say) -> Iterator[None]:
+def _post_mortem(config: TopdConfig, setbacks: Setbacks, say: Say) -> Iterator[None]:
     """Write one, while the workers' Ray still runs, for an error that ends the run and is not the user's input."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
-        if not (isinstance(error, WorkerLostError) and restarts.has_room):
+        if not (isinstance(error, WorkerLostError) and setbacks.budget.has_room):
             write_post_mortem(config, error, say)
             if not isinstance(error, RunInterrupted):  # which has said so itself
                 _say_last_checkpoint(config, say)
@@ -143,14 +142,14 @@ class Session:
     """One process's share of a run: from the last checkpoint, or the start, to the end or an interrupt."""
 
     def __init__(
-        self, plan: Plan, fleet: Fleet, books: Books, interrupt: Interrupt, say: Say, restarts: RestartBudget
+        self, plan: Plan, fleet: Fleet, books: Books, interrupt: Interrupt, say: Say, setbacks: Setbacks
     ) -> None:
         self._plan = plan
         self._config = plan.config
         self._fleet = fleet
         self._books = books
         self._interrupt = interrupt
-        self._restarts = restarts
+        self._setbacks = setbacks
         self._say = say
         self._folder = plan.config.run.folder.absolute()
         self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity)
@@ -174,6 +173,10 @@ class Session:
             except (RolloutError, TeacherError):
                 if self._flow.is_settled:  # the learner is well, and has what is counted
                     self._save()
+                raise
+            except WorkerLostError as error:
+                if batch := self._flow.learning:
+                    raise self._setbacks.while_making(self._state.step + 1, batch, error) from error
                 raise
             self._save()
             self._flow.drain()
@@ -252,6 +255,7 @@ class Session:
         values["throughput/teacher_tokens_per_second"] = values["teacher/tokens"] / seconds
         self._books.write_update(self._state.step, update, self._tasks)
         self._books.write_metrics(self._state.step, values)
+        self._setbacks.made(self._state.step)
         return values
 
     def _run_metrics(self) -> list[Metric]:
@@ -261,7 +265,7 @@ class Session:
             Metric(key="run/driver_payload_bytes", sum=self._state.driver_payload_bytes),
             Metric(key="run/driver_message_bytes", sum=self._fleet.traffic.message_bytes),
             Metric(key="near_future/threshold", sum=self._distances.value),
-            Metric(key="faults/restarts_learner", sum=self._restarts.num_spent),
+            Metric(key="faults/restarts_learner", sum=self._setbacks.budget.num_spent),
         ]
 
     def _preflight_requests(self) -> list[RolloutRequest]:
