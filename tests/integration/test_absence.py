@@ -10,8 +10,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from topd_ray.actors.absence import FIRST_SECONDS, Absence
 from topd_ray.actors.crew import Slot
-from topd_ray.actors.placement import Need, cluster_nodes, reserve
+from topd_ray.actors.placement import cluster_nodes, reserve
 from topd_ray.actors.restarts import RestartBudget
+from topd_ray.actors.room import Need
 from topd_ray.config.schema import FaultsConfig
 
 LABELS = {"topd/role": "rollout"}

@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from topd_ray.actors import node_facts
 from topd_ray.actors.node_facts import NodeFacts
-from topd_ray.actors.placement import Need, cluster_nodes
+from topd_ray.actors.placement import cluster_nodes
+from topd_ray.actors.room import Need
 from topd_ray.config.model_folder import is_local
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
