@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.lan import Host, lan, missing
+from tests.lan import Host, lan
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,7 @@ SETTINGS = (
 )
 PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in ("rollout", "teacher", "learner"))
 
-WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [pytest.mark.slow, pytest.mark.lan]
 
 
 class Cluster:

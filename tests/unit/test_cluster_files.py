@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from topd_ray.actors.placement import Node, needs, shortage
+from topd_ray.actors.placement import needs
+from topd_ray.actors.room import Node, shortage
 from topd_ray.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
