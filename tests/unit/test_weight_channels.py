@@ -53,6 +53,11 @@ def test_more_than_one_gpu_holds_is_refused() -> None:
     assert "2 learner ranks" in text
 
 
+def test_a_learner_that_may_be_ahead_is_refused() -> None:
+    (text,) = refusals(SHARED, pipeline={"max_staleness": 1})
+    assert text.startswith("found ipc with max_staleness 1") and "right would be max_staleness 0" in text
+
+
 @pytest.mark.parametrize("num_gpus", [0.0, 1.0, 2.0])
 def test_a_broadcast_between_cpus_or_whole_gpus_is_let_through(num_gpus: float) -> None:
     assert refusals({"gpus_per_learner": num_gpus, "gpus_per_rollout": num_gpus}, "broadcast") == []
