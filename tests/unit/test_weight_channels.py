@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -91,6 +92,13 @@ def test_a_group_over_nccl_without_a_gpu_says_so() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="through NCCL, and this process sees no GPU"):
             Group("nccl", HashStore(), rank=0, size=1, address="", seconds=1.0)
+
+
+def test_a_member_that_does_not_come_is_noticed_before_the_group_is_made() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)wait timeout"):
+        Group("gloo", HashStore(), rank=0, size=2, address="127.0.0.1", seconds=0.5)
+    assert 0.5 <= time.monotonic() - started < 5.0
 
 
 def test_vllm_takes_what_it_is_told() -> None:
