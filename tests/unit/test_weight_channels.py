@@ -3,17 +3,22 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import HashStore
+from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
 
 from topd_ray.actors.store import LocalStore, RayStore
 from topd_ray.config.contradictions import contradictions
 from topd_ray.config.schema import ResourcesConfig, TopdConfig, WeightsConfig
 from topd_ray.errors import ConfigError, WeightSyncError
+from topd_ray.weights import ipc
+from topd_ray.weights.bundle import Named
+from topd_ray.weights.checksum import fingerprint
 from topd_ray.weights.choice import open_channel
 from topd_ray.weights.group import Group
 from topd_ray.weights.ipc import IpcChannel, update_fields
@@ -86,6 +91,27 @@ def test_one_process_is_refused_before_anything_loads(channel: str) -> None:
         open_channel(WeightsConfig.model_validate({"channel": channel}), LocalStore())
     assert isinstance(open_channel(WeightsConfig(channel="ipc"), RayStore()), IpcChannel)
     assert isinstance(open_channel(WeightsConfig(), LocalStore()), ObjectStoreChannel)
+
+
+def test_a_version_is_written_over_the_last_one_and_its_handles_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ipc, "gpu_handle", lambda tensor: {"GPU-1": tensor})
+    learner = IpcChannel()
+
+    def tensors(version: int) -> list[Named]:
+        return [("a", torch.full((2, 3), float(version))), ("b", torch.arange(4) + version)]
+
+    bundles = [learner.send(version, iter(tensors(version))) for version in (1, 2, 3)]
+    assert [one.checksum for one in bundles] == [fingerprint(tensors(version)).checksum for version in (1, 2, 3)]
+    read = [[handle["GPU-1"] for handle in one.content["ipc_handles"]] for one in bundles]
+    assert [tensor.tolist() for tensor in read[0]] == [[[3.0] * 3] * 2, [3, 4, 5, 6]]
+    assert all(one is other for later in read[1:] for one, other in zip(read[0], later, strict=True))
+
+
+def test_a_handle_makes_nobody_wait_for_its_first_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, ("where", b"event", True)))
+    assert ipc.gpu_handle(torch.zeros(1)) == {"GPU-1": ("where", b"event", False)}
 
 
 def test_a_group_over_nccl_without_a_gpu_says_so() -> None:

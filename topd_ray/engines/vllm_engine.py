@@ -17,7 +17,7 @@ import torch
 
 from topd_ray.config.schema import ModelConfig, RolloutConfig, TeacherConfig
 from topd_ray.data.tokenizer import read_vocabulary
-from topd_ray.engines.process import SLOTS, llvmlite_out_of_sight, prepare_process
+from topd_ray.engines.process import SLOTS, finish_on_gpu, llvmlite_out_of_sight, prepare_process
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import ConfigError, TopdError
 from topd_ray.types import FinishReason, Int32, Prompt, TeacherScores
@@ -115,12 +115,17 @@ class VllmEngine:
         return self._step() if self._running else []
 
     def abort(self) -> list[Finished[Any]]:
-        """Stop all requests: each with its tokens so far, in the order they entered. An open iterator ends."""
+        """Stop all requests: each with its tokens so far, in the order they entered. An open iterator ends.
+
+        A GPU has then done all that it was given, so that another thread, whose work it would not put in line with this
+        one's, may use the engine.
+        """
         stopped = list(self._running.values())
         names = list(self._running)
         self._running.clear()
         if names:
             self._llm.engine_core.abort_requests(names)
+        finish_on_gpu()
         return stopped
 
     def generate(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[Finished[Key]]:
