@@ -39,7 +39,7 @@ class Group:
         _wait_for_all(store, rank, size, self._timeout)
         make = _nccl_group if self._on_gpu else _gloo_group
         self._group = make(store, rank, size, address, self._timeout)
-        self._stream = torch.cuda.Stream() if self._on_gpu else None  # or it would wait for what this GPU computes
+        self._stream = _own_stream() if self._on_gpu else None
 
     def broadcast(self, octets: NDArray[np.uint8]) -> None:
         """Send rank 0's `octets`, or overwrite these with them: equally many on all ranks, and in host memory.
@@ -85,6 +85,11 @@ def _nccl_group(store: Store, rank: int, size: int, address: str, timeout: timed
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(seconds))  # torch reads it once, and later
     with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # or a member that dies takes the others' processes along
         return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _own_stream() -> torch.cuda.Stream:
+    """Copies in line with nothing else would otherwise wait for what this GPU computes."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
