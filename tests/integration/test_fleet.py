@@ -31,7 +31,7 @@ from topd_ray.actors.events import (
 from topd_ray.actors.fleet import RayFleet
 from topd_ray.actors.messages import GuidedItem, RolloutChunk
 from topd_ray.config.load import load_config
-from topd_ray.config.schema import EvaluationConfig, TopdConfig
+from topd_ray.config.schema import EvaluationConfig, TopdConfig, WeightsConfig
 from topd_ray.errors import NonFiniteLossError, RolloutError, TeacherError, TopdError, WorkerLostError
 from topd_ray.types import Prompt, RolloutRequest
 
@@ -384,6 +384,38 @@ def test_weights_by_broadcast_while_workers_die(started: Callable[..., RayFleet]
     settle(fleet)
     assert [slot.version for slot in fleet._rollouts] == [3, 3]
     assert not some(Lost)(events)
+
+
+@pytest.mark.parametrize("end", ["answers", "dies"])
+def test_by_ipc_a_version_waits_until_nobody_reads_the_last_one(
+    fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    by_ipc = fleet._config.model_copy(update={"weights": WeightsConfig(channel="ipc")})
+    monkeypatch.setattr(fleet, "_config", by_ipc)
+    last = fleet._rollouts[0].version
+    assert last is not None
+    pids = [pid_of(fleet, "rollout", 0), pid_of(fleet, "rollout", 1)]
+    orders(f"rollout-update_weights-{last + 1}", "once wait read")
+
+    def learn(worker: int) -> None:
+        fleet.learn(guide(fleet, 0, write(fleet, worker, "p1")))
+        hear(fleet, some(Learned))
+        fleet.publish()
+
+    def published(events: list[Event]) -> list[tuple[int, int]]:
+        return [(event.worker, event.version) for event in events if isinstance(event, Published)]
+
+    learn(0)
+    ((quick, version),) = published(hear(fleet, some(Published)))
+    learn(quick)
+    assert version == last + 1 and not fleet._calls.of(kind="pack"), "one worker still reads"
+    if end == "answers":
+        orders("read")
+    else:
+        os.kill(pids[1 - quick], signal.SIGKILL)
+    events = hear(fleet, lambda events: {(0, last + 2), (1, last + 2)} <= {*published(events)})
+    assert [(1 - quick, last + 1)] == [one for one in published(events) if one[1] != last + 2] or end == "dies"
+    assert some(Lost)(events) == (end == "dies")
 
 
 @pytest.mark.parametrize("moment", ["learn", "save"])

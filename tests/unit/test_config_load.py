@@ -199,6 +199,7 @@ def test_what_just_fits_is_taken(minimal: Path) -> None:
         minimal,
         [
             "rollout.max_batched_tokens=256",
+            "rollout.kv_cache_bytes=1",
             "teacher.tensor_parallel_size=2",
             "resources={gpus_per_rollout: 0.5, gpus_per_teacher: 2.0, object_store_bytes: 78643200}",
         ],

@@ -162,6 +162,45 @@ def test_learner_ranks_do_not_share_a_gpu() -> None:
     assert load_config(DEMO, ["resources.gpus_per_learner=0.5"]).resources.gpus_per_learner == 0.5
 
 
+SHARING = ["rollout.samples_per_prompt=4", "rollout.kv_cache_bytes=1", "teacher.kv_cache_bytes=1"]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "share"), [(3, 1, 1 / 3), (3, 2, 0.5), (3, 3, 1), (5, 3, 0.5), (7, 2, 0.25), (4, 8, 1)]
+)
+def test_fewer_gpus_than_workers_hold_whole_workers(num_workers: int, num_gpus: int, share: float) -> None:
+    config = load_config(DEMO, [*SHARING, f"teacher.num_workers={num_workers - 2}"])
+    wanted = needs(config, num_gpus=num_gpus)
+    assert [one.num_gpus for one in wanted] == [pytest.approx(share)] * num_workers
+    assert num_gpus * int(1 / share + 1e-6) >= num_workers
+
+
+def test_what_cannot_share_a_gpu_is_refused_also_where_the_shares_are_computed() -> None:
+    two = load_config(DEMO, [*SHARING, "learner.num_ranks=2"])
+    assert [one.num_gpus for one in needs(two, num_gpus=4)] == [1.0] * 4
+    with pytest.raises(
+        ConfigError, match=r"with 3 GPUs: resources\.gpus_per_learner.*found 0\.5 of a GPU for each of 2"
+    ):
+        needs(two, num_gpus=3)
+    measuring = load_config(DEMO, ["teacher.kv_cache_bytes=null"])
+    assert needs(measuring, num_gpus=3)
+    with pytest.raises(ConfigError, match=r"teacher\.kv_cache_bytes: found 0\.5 of a GPU for an engine that sizes"):
+        needs(measuring, num_gpus=2)
+    with pytest.raises(ConfigError, match=r"rollout\.kv_cache_bytes: found 0\.3 of a GPU for an engine that sizes"):
+        load_config(DEMO, ["rollout.kv_cache_bytes=null", "resources.gpus_per_rollout=0.3"])
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 2])
+def test_weights_by_ipc_need_a_single_gpu(num_gpus: int) -> None:
+    shares = [f"resources.gpus_per_{role}=0.3" for role in ("rollout", "teacher", "learner")]
+    config = load_config(DEMO, [*shares, "weights.channel=ipc"])
+    if num_gpus == 1:
+        assert len(needs(config, num_gpus=1)) == 3
+        return
+    with pytest.raises(ConfigError, match=f"weights.channel: found ipc where Ray has {num_gpus} GPUs"):
+        needs(config, num_gpus=num_gpus)
+
+
 def test_a_run_folder_in_rays_copy_of_the_working_directory() -> None:
     check_run_folder(Path("/shared/runs/one"))
     with pytest.raises(ConfigError, match="Ray's own temporary copy"):

@@ -102,7 +102,8 @@ def test_what_does_not_fit_is_said_before_anything_loads() -> None:
     check_local_fit(config(), num_cores=2, num_gpus=3)
     with pytest.raises(ConfigError, match="4 threads at once, of 2 cores"):
         check_local_fit(config(rollout={"num_workers": 3}), num_cores=2, num_gpus=0)
-    triton = config(learner={"loss_kernel": "triton"})
+    cache = {"kv_cache_bytes": 1}
+    triton = config(learner={"loss_kernel": "triton"}, rollout=cache, teacher=cache)
     check_local_fit(triton, num_cores=2, num_gpus=1)
     with pytest.raises(ConfigError, match=r"learner.loss_kernel: found triton, and no GPU for the learner"):
         check_local_fit(triton, num_cores=2, num_gpus=0)

@@ -2,17 +2,23 @@
 
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import HashStore
+from torch.multiprocessing import reductions
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
 
 from topd_ray.actors.store import LocalStore, RayStore
 from topd_ray.config.contradictions import contradictions
 from topd_ray.config.schema import ResourcesConfig, TopdConfig, WeightsConfig
 from topd_ray.errors import ConfigError, WeightSyncError
+from topd_ray.weights import ipc
+from topd_ray.weights.bundle import Named
+from topd_ray.weights.checksum import fingerprint
 from topd_ray.weights.choice import open_channel
 from topd_ray.weights.group import Group
 from topd_ray.weights.ipc import IpcChannel, update_fields
@@ -53,6 +59,11 @@ def test_more_than_one_gpu_holds_is_refused() -> None:
     assert "2 learner ranks" in text
 
 
+def test_a_learner_that_may_be_ahead_is_refused() -> None:
+    (text,) = refusals(SHARED, pipeline={"max_staleness": 1})
+    assert text.startswith("found ipc with max_staleness 1") and "right would be max_staleness 0" in text
+
+
 @pytest.mark.parametrize("num_gpus", [0.0, 1.0, 2.0])
 def test_a_broadcast_between_cpus_or_whole_gpus_is_let_through(num_gpus: float) -> None:
     assert refusals({"gpus_per_learner": num_gpus, "gpus_per_rollout": num_gpus}, "broadcast") == []
@@ -82,10 +93,38 @@ def test_one_process_is_refused_before_anything_loads(channel: str) -> None:
     assert isinstance(open_channel(WeightsConfig(), LocalStore()), ObjectStoreChannel)
 
 
+def test_a_version_is_written_over_the_last_one_and_its_handles_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ipc, "gpu_handle", lambda tensor: {"GPU-1": tensor})
+    learner = IpcChannel()
+
+    def tensors(version: int) -> list[Named]:
+        return [("a", torch.full((2, 3), float(version))), ("b", torch.arange(4) + version)]
+
+    bundles = [learner.send(version, iter(tensors(version))) for version in (1, 2, 3)]
+    assert [one.checksum for one in bundles] == [fingerprint(tensors(version)).checksum for version in (1, 2, 3)]
+    read = [[handle["GPU-1"] for handle in one.content["ipc_handles"]] for one in bundles]
+    assert [tensor.tolist() for tensor in read[0]] == [[[3.0] * 3] * 2, [3, 4, 5, 6]]
+    assert all(one is other for later in read[1:] for one, other in zip(read[0], later, strict=True))
+
+
+def test_a_handle_makes_nobody_wait_for_its_first_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, ("where", b"event", True)))
+    assert ipc.gpu_handle(torch.zeros(1)) == {"GPU-1": ("where", b"event", False)}
+
+
 def test_a_group_over_nccl_without_a_gpu_says_so() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="through NCCL, and this process sees no GPU"):
             Group("nccl", HashStore(), rank=0, size=1, address="", seconds=1.0)
+
+
+def test_a_member_that_does_not_come_is_noticed_before_the_group_is_made() -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)wait timeout"):
+        Group("gloo", HashStore(), rank=0, size=2, address="127.0.0.1", seconds=0.5)
+    assert 0.5 <= time.monotonic() - started < 5.0
 
 
 def test_vllm_takes_what_it_is_told() -> None:

@@ -84,10 +84,10 @@ def _join(address: str) -> None:
 
 
 def worker_environment(num_threads: int, *, on_cpu: bool) -> dict[str, str]:
-    """Environment of an actor: its threads, a hub as offline as the driver's, and how tensors on a CPU are allocated.
+    """Environment of an actor: its threads, a hub as offline as the driver's, and on a CPU no GPU in sight.
 
-    glibc gives freed tensors back to the system and faults their pages in again for the next ones: keeping them made
-    steps on the embedded pair about 7 % shorter.
+    Ray leaves all GPUs visible to an actor that asks for none. glibc gives freed tensors back to the system and faults
+    their pages in again for the next ones: keeping them made steps on the embedded pair about 7 % shorter.
     """
     inherited = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE")
     return {
@@ -95,6 +95,11 @@ def worker_environment(num_threads: int, *, on_cpu: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        **({name: os.environ.get(name, value) for name, value in KEEP_FREED_MEMORY.items()} if on_cpu else {}),
+        **(_cpu_environment() if on_cpu else {}),
         **{name: os.environ[name] for name in inherited if name in os.environ},
     }
+
+
+def _cpu_environment() -> dict[str, str]:
+    allocation = {name: os.environ.get(name, value) for name, value in KEEP_FREED_MEMORY.items()}
+    return {"CUDA_VISIBLE_DEVICES": "", **allocation}

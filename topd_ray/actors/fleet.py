@@ -77,6 +77,7 @@ class RayFleet:
         self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
         self._newest: ray.ObjectRef | None = None
         """the bundle of the newest weights"""
+        self._publication_is_due = False
         self._reports: dict[int, UpdateReport | None] = {}
         """of the learner ranks that have answered; None where the batch could not be read"""
         self._looked_at = time.monotonic()
@@ -151,6 +152,15 @@ class RayFleet:
             self._calls.add("learn", slot, slot.actor.learn.remote(share, normalisers))
 
     def publish(self) -> None:
+        self._publication_is_due = True
+        self._publish_if_due()
+
+    def _publish_if_due(self) -> None:
+        """With `ipc` once nobody reads the last version any more, over which the learner writes the new one."""
+        being_read = self._config.weights.channel == "ipc" and self._calls.of(kind="update_weights")
+        if not self._publication_is_due or being_read:
+            return
+        self._publication_is_due = False
         packing = [slot.actor.pack_weights.remote() for slot in self._learners]
         self._newest = packing[0]
         for slot, future in zip(self._learners, packing, strict=True):
@@ -182,7 +192,9 @@ class RayFleet:
                 events += self._hear_stream(one)
             elif one in self._calls:  # and its worker has not been lost a moment ago
                 events += self._hear(one)
-        return events + self._late()
+        events += self._late()
+        self._publish_if_due()
+        return events
 
     def _hear_stream(self, stream: ray.ObjectRefGenerator) -> list[Event]:
         slot = self._streams[stream]
@@ -264,7 +276,7 @@ class RayFleet:
             return [Ready(teacher=slot.index)]
         else:
             self._streams[slot.actor.serve.options(num_returns="streaming").remote()] = slot
-            if self._newest is not None:
+            if self._newest is not None and not self._publication_is_due:
                 self._send_weights(slot)
         return []
 

@@ -27,7 +27,8 @@ from topd_ray.weights.choice import open_channel
 def interface_of(address: str) -> str:
     """The network interface that carries `address`.
 
-    Left alone, gloo takes the one that the node's own name resolves to, which is the loopback on many systems.
+    Left alone, gloo takes the one that the node's own name resolves to, which is the loopback on many systems, and NCCL
+    any other.
     """
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
@@ -89,7 +90,9 @@ class LearnerWorker:
         from topd_ray.engines.learner import LearnerEngine  # DeepSpeed is loaded where it runs, not in the driver
 
         if init_method is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
+            interface = interface_of(ray.util.get_node_ip_address())
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # this one, not all that begin with its name
         try:
             self._engine = LearnerEngine(**self._parts, init_method=init_method)
         except RuntimeError as error:

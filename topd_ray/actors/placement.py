@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from topd_ray.actors.parts import threads
 from topd_ray.actors.room import Need, Node, shortage
+from topd_ray.config.contradictions import contradictions_of_shares
 from topd_ray.config.model_folder import inspect_folder, is_local
 from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.errors import ConfigError
@@ -43,7 +44,8 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
 
     Ray fills nodes in the order of the entries, and others would take the only nodes that these may use.
     `num_gpus` is what there is. Where it is less than one for each worker, each GPU is shared by as few as can be,
-    unless resources.* or tensor_parallel_size say otherwise; kv_cache_bytes must then leave room for each other.
+    unless resources.* or tensor_parallel_size say otherwise; kv_cache_bytes must then leave room for each other. Raises
+    ConfigError for what cannot share a GPU.
     """
     counts = {
         "rollout": (config.rollout.num_workers, config.rollout.tensor_parallel_size),
@@ -53,21 +55,37 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
     num_workers = sum(count for count, _ in counts.values())
     spreads = any(tensor_parallel > 1 for _, tensor_parallel in counts.values())
     share = 1 / math.ceil(num_workers / num_gpus) if num_gpus and not spreads else 1.0
-    found = []
-    for role, (count, tensor_parallel) in counts.items():
+    num_gpus_of = {}
+    for role, (_, tensor_parallel) in counts.items():
         asked: float | None = getattr(config.resources, f"gpus_per_{role}")
         unasked = tensor_parallel * share if num_gpus else 0.0
-        found += [
-            Need(
-                role=role,
-                index=index,
-                num_cpus=threads(config, role),
-                num_gpus=unasked if asked is None else asked,
-                labels=getattr(config.resources, f"{role}_nodes"),
-            )
-            for index in range(count)
-        ]
+        num_gpus_of[role] = unasked if asked is None else asked
+    _check_sharing(config, num_gpus, num_gpus_of)
+    found = [
+        Need(
+            role=role,
+            index=index,
+            num_cpus=threads(config, role),
+            num_gpus=num_gpus_of[role],
+            labels=getattr(config.resources, f"{role}_nodes"),
+        )
+        for role, (count, _) in counts.items()
+        for index in range(count)
+    ]
     return sorted(found, key=lambda need: not need.labels)
+
+
+def _check_sharing(config: TopdConfig, num_gpus: int, num_gpus_of: Mapping[str, float]) -> None:
+    """Raise ConfigError for workers of which each gets `num_gpus_of` its role and that cannot share GPUs."""
+    if config.weights.channel == "ipc" and num_gpus != 1:  # shares do not say of which GPU
+        raise ConfigError(
+            f"weights.channel: found ipc where Ray has {num_gpus} GPUs; right would be exactly one GPU, so that the "
+            "learner and all rollout workers are sure to be on it (CUDA_VISIBLE_DEVICES), or object_store"
+        )
+    decided = {f"gpus_per_{role}": amount for role, amount in num_gpus_of.items()}
+    resources = config.resources.model_copy(update=decided)
+    for one in contradictions_of_shares(config.model_copy(update={"resources": resources})):
+        raise ConfigError(f"with {num_gpus} GPUs: {', '.join(one.keys)}: {one.text}")
 
 
 def check_local_fit(config: TopdConfig, *, num_cores: int, num_gpus: int) -> None:

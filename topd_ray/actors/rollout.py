@@ -127,7 +127,7 @@ class RolloutWorker:
         What is being written finishes first, or with `interrupt` goes on under the new weights from the tokens it has.
         A bundle that a newer one overtakes is not loaded, and the newer one's receipt returned, or None if it could not
         even be fetched any more. Raises WeightSyncError for a version older than the one served, and for weights that
-        are not what was sent or do not fit; the engine then goes on as before.
+        are not what was sent or do not fit; the engine then goes on as before, unless it read them itself (`ipc`).
         """
         return self._server.update_weights(bundle.version, lambda: self._channel.fetch(bundle), interrupt=interrupt)
 

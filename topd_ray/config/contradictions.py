@@ -191,17 +191,31 @@ def _of_gpus(config: "TopdConfig") -> Iterator[Contradiction]:
         key = f"resources.gpus_per_{role}"
         if num_gpus > 1 and not num_gpus.is_integer():
             yield Contradiction(keys=(key,), text=f"found {num_gpus:g}; right would be a whole number, or at most 1")
-        elif role == "learner" and 0 < num_gpus < 1 and config.learner.num_ranks > 1:
-            yield Contradiction(
-                keys=(key, "learner.num_ranks"),
-                text=f"found {num_gpus:g} of a GPU for each of {config.learner.num_ranks} ranks; right would be 1: "
-                "Ray may put two ranks on one GPU, which NCCL refuses",
-            )
         elif num_gpus > 0 and sizes.get(role, 1) not in (1, num_gpus):
             yield Contradiction(
                 keys=(key, f"{role}.tensor_parallel_size"),
                 text=f"found {num_gpus:g} GPUs for an engine spread over {sizes[role]}; right would be {sizes[role]}, "
                 "unset, or 0 without GPUs",
+            )
+    yield from contradictions_of_shares(config)
+
+
+def contradictions_of_shares(config: "TopdConfig") -> Iterator[Contradiction]:
+    """Of workers that get a share of a GPU each, as far as `resources.gpus_per_*` are known."""
+    learner = config.resources.gpus_per_learner or 0
+    if 0 < learner < 1 and config.learner.num_ranks > 1:
+        yield Contradiction(
+            keys=("resources.gpus_per_learner", "learner.num_ranks"),
+            text=f"found {learner:g} of a GPU for each of {config.learner.num_ranks} ranks; right would be 1: "
+            "Ray may put two ranks on one GPU, which NCCL refuses",
+        )
+    for role, section in (("rollout", config.rollout), ("teacher", config.teacher)):
+        share: float = getattr(config.resources, f"gpus_per_{role}") or 0
+        if 0 < share < 1 and section.kv_cache_bytes is None:
+            yield Contradiction(
+                keys=(f"resources.gpus_per_{role}", f"{role}.kv_cache_bytes"),
+                text=f"found {share:g} of a GPU for an engine that sizes its cache by what it finds free, while others "
+                "load there; right would be kv_cache_bytes set, or a GPU of its own",
             )
 
 
@@ -236,6 +250,12 @@ def _of_ipc(config: "TopdConfig") -> Iterator[Contradiction]:
             text=f"found ipc with {shown[0]} GPUs for a learner rank and {shown[1]} for each of "
             f"{config.rollout.num_workers} rollout workers; right would be shares of one GPU above 0, together at most "
             "1, or object_store",
+        )
+    if config.pipeline.max_staleness > 0:
+        yield Contradiction(
+            keys=("weights.channel", "pipeline.max_staleness"),
+            text=f"found ipc with max_staleness {config.pipeline.max_staleness}: the learner holds one version, which "
+            "all rollout workers must have read before the next; right would be max_staleness 0, or object_store",
         )
     if config.learner.num_ranks > 1 or config.rollout.tensor_parallel_size > 1:
         yield Contradiction(

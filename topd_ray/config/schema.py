@@ -103,9 +103,10 @@ class TeacherConfig(ModelConfig):
     tensor_parallel_size: PositiveInt = 1
     """GPUs an engine is spread over."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
-    """Share of a GPU's memory an engine may take (GPU only)."""
+    """Share of a GPU's memory an engine may take (GPU only); means nothing where `kv_cache_bytes` is set."""
     kv_cache_bytes: PositiveInt | None = None
-    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs."""
+    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs. Engines that
+    share a GPU need it."""
     max_num_seqs: PositiveInt = 256
     """Sequences an engine runs at once."""
     max_batched_tokens: PositiveInt = 2048
@@ -135,9 +136,10 @@ class RolloutConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     """GPUs an engine is spread over."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
-    """Share of a GPU's memory an engine may take (GPU only)."""
+    """Share of a GPU's memory an engine may take (GPU only); means nothing where `kv_cache_bytes` is set."""
     kv_cache_bytes: PositiveInt | None = None
-    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs."""
+    """Key-value cache of an engine (bytes); unset: derived from the memory share on GPUs, 1 GiB on CPUs. Engines that
+    share a GPU need it."""
     max_num_seqs: PositiveInt = 256
     """Sequences an engine runs at once."""
     max_batched_tokens: PositiveInt = 8192
@@ -311,8 +313,8 @@ class WeightsConfig(Section):
     channel: Literal["object_store", "broadcast", "ipc"] = "object_store"
     """`object_store`: through Ray's object store, anywhere; `broadcast`: from the learner to all rollout workers at
     once, with gloo where `resources.gpus_per_learner` and `gpus_per_rollout` are 0, with NCCL (never yet run) where
-    they are at least 1; `ipc`: through the memory of the one GPU that the learner and all rollout workers share (never
-    yet run on a GPU)."""
+    they are at least 1; `ipc`: through the memory of the one GPU that Ray has and that the learner and all rollout
+    workers share (never yet run on a GPU; synchronous only, `pipeline.max_staleness` 0)."""
     chunk_bytes: Annotated[int, Field(ge=1024**2)] = 64 * 1024**2
     """Weights that travel as one piece (bytes); a larger tensor is a piece by itself."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0
@@ -366,11 +368,12 @@ class ResourcesConfig(Section):
     """Address of a running Ray cluster (`auto` finds it); unset: the environment's RAY_ADDRESS, or, without that, a
     cluster of this machine, for this run alone."""
     gpus_per_rollout: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one rollout worker: 0, a share of one, or its tensor-parallel size (the default where there are GPUs)."""
+    """GPUs of one rollout worker: 0, a share of one (with `rollout.kv_cache_bytes`), or its tensor-parallel size (the
+    default where there are GPUs; fewer GPUs than workers are shared). 0 needs vLLM's CPU build."""
     gpus_per_teacher: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one teacher worker: 0, a share of one, or its tensor-parallel size (the default where there are GPUs)."""
+    """Like `gpus_per_rollout`, for teacher workers."""
     gpus_per_learner: Annotated[float, Field(ge=0.0)] | None = None
-    """GPUs of one learner rank; unset: 1 where there are GPUs."""
+    """GPUs of one learner rank, a share of one only for a single rank; unset: like `gpus_per_rollout`."""
     threads_per_rollout: PositiveInt = 1
     """CPU threads of one rollout worker."""
     threads_per_teacher: PositiveInt = 1

@@ -54,6 +54,12 @@ def prepare_process(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def finish_on_gpu() -> None:
+    """Wait until this process's GPU, if there is one, has done all that it was given, by whatever thread."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 @contextmanager
 def llvmlite_out_of_sight() -> Iterator[None]:
     """Hide llvmlite's library (numba has loaded it) while vLLM's CPU platform looks through all modules for kernels.

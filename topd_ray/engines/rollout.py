@@ -185,9 +185,11 @@ class RolloutEngine:
 
         The tensors are held together while they load. Raises WeightSyncError, with the engine and what it writes as
         they were, if a name is missing, unknown or double, a shape is wrong, an iterator is open, or requests are
-        running and `interrupt` is not set. Any later error drops what runs, and the engine is not `is_whole` until
-        another update succeeds. What an IpcDelivery holds is checked only while it is read.
+        running and `interrupt` is not set. Any later error drops what runs, and the engine is never `is_whole` again:
+        vLLM does not begin a new update in the middle of another. What an IpcDelivery holds is checked only while it is
+        read.
         """
+        self._check_whole()
         if self._engine.is_iterating:
             raise WeightSyncError("the engine is still generating: exhaust or close the iterator before new weights")
         if self.num_running and not interrupt:
@@ -237,7 +239,9 @@ class RolloutEngine:
 
     def _check_whole(self) -> None:
         if not self._is_whole:
-            raise WeightSyncError("a weight update broke off halfway: update the weights again, or restart the engine")
+            raise WeightSyncError(
+                "a weight update broke off halfway: this engine serves nothing any more, make it anew"
+            )
 
     def _start(self, request: RolloutRequest) -> tuple[Writing, TokenIds, Draw]:
         return self._draw(Writing(request=request, policy_version=self._policy_version))

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from topd_ray.config.schema import ModelConfig, RolloutConfig, TeacherConfig
 from topd_ray.data.tokenizer import read_vocabulary
-from topd_ray.engines.process import SLOTS, llvmlite_out_of_sight, prepare_process
+from topd_ray.engines.process import SLOTS, finish_on_gpu, llvmlite_out_of_sight, prepare_process
 from topd_ray.engines.seeds import stable_seed
 from topd_ray.errors import ConfigError, TopdError
 from topd_ray.types import FinishReason, Int32, Prompt, TeacherScores
@@ -24,6 +25,8 @@ from topd_ray.types import FinishReason, Int32, Prompt, TeacherScores
 CPU_BLOCK_SIZE = 32
 """Smallest block the CPU attention kernels run well with (tokens); prefixes are cached in whole blocks."""
 CPU_KV_CACHE_BYTES = 1024**3
+SMALL_MEMORY_SHARE = 0.001
+"""vLLM refuses to start where less than the share is free, also where the cache has a size of its own."""
 WORKER_EXTENSION = "topd_ray.engines.vllm_worker.WorkerExtension"
 
 Key = TypeVar("Key", bound=Hashable)
@@ -112,12 +115,17 @@ class VllmEngine:
         return self._step() if self._running else []
 
     def abort(self) -> list[Finished[Any]]:
-        """Stop all requests: each with its tokens so far, in the order they entered. An open iterator ends."""
+        """Stop all requests: each with its tokens so far, in the order they entered. An open iterator ends.
+
+        A GPU has then done all that it was given, so that another thread, whose work it would not put in line with this
+        one's, may use the engine.
+        """
         stopped = list(self._running.values())
         names = list(self._running)
         self._running.clear()
         if names:
             self._llm.engine_core.abort_requests(names)
+        finish_on_gpu()
         return stopped
 
     def generate(self, requests: Iterable[tuple[Key, TokenIds, Draw]]) -> Iterator[Finished[Key]]:
@@ -305,6 +313,12 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
     from topd_ray.engines.vllm_worker import WEIGHT_BACKEND
 
     on_cpu = current_platform.is_cpu()
+    if not on_cpu and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"vLLM cannot run {model.model}: it is built for GPUs, and this worker has none; right would be "
+            "resources.gpus_per_rollout and gpus_per_teacher above 0, or vLLM's CPU build (make setup DEVICE=cpu)"
+        )
+    kv_cache_bytes = section.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None)
     if eager_on_cpu := on_cpu and section.enforce_eager:
         from topd_ray.engines.cpu_norms import OP_PRIORITY
     arguments = EngineArgs(
@@ -322,8 +336,8 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=CPU_BLOCK_SIZE if on_cpu else None,
-        kv_cache_memory_bytes=section.kv_cache_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
-        gpu_memory_utilization=section.gpu_memory_utilization,
+        kv_cache_memory_bytes=kv_cache_bytes,
+        gpu_memory_utilization=SMALL_MEMORY_SHARE if kv_cache_bytes else section.gpu_memory_utilization,
         tensor_parallel_size=section.tensor_parallel_size,
         distributed_executor_backend="uni" if section.tensor_parallel_size == 1 else "mp",
         enforce_eager=section.enforce_eager,

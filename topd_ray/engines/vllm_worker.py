@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 import topd_ray.engines.cpu_norms  # noqa: F401  (registers them)
+from topd_ray.engines.process import finish_on_gpu
 from topd_ray.weights.checksum import Fingerprint, fingerprint
 
 WEIGHT_BACKEND = "topd_memory"
@@ -136,6 +137,7 @@ class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        finish_on_gpu()  # before the learner hears of it, and may write over what was read
         if current_platform.is_cpu():
             repack_heads(self.model)
 

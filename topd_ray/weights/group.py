@@ -36,8 +36,10 @@ class Group:
         self._how.rootRank = 0
         self._how.rootTensor = 0
         self._how.timeout = self._timeout
+        _wait_for_all(store, rank, size, self._timeout)
         make = _nccl_group if self._on_gpu else _gloo_group
         self._group = make(store, rank, size, address, self._timeout)
+        self._stream = _own_stream() if self._on_gpu else None
 
     def broadcast(self, octets: NDArray[np.uint8]) -> None:
         """Send rank 0's `octets`, or overwrite these with them: equally many on all ranks, and in host memory.
@@ -48,14 +50,21 @@ class Group:
         if not self._on_gpu:
             self._group.broadcast([host], self._how).wait()
             return
-        device = host.to("cuda") if self._is_root else torch.empty_like(host, device="cuda")
-        self._group.broadcast([device], self._how).wait(self._timeout)  # with a limit, it also waits on this thread
-        if not self._is_root:
-            host.copy_(device)
+        with torch.cuda.stream(self._stream):
+            device = host.to("cuda") if self._is_root else torch.empty_like(host, device="cuda")
+            self._group.broadcast([device], self._how).wait(self._timeout)  # with a limit, it waits on this thread too
+            if not self._is_root:
+                host.copy_(device)
 
     def close(self) -> None:
         """Break off what is on its way and hang up."""
         self._group.abort()
+
+
+def _wait_for_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
+    """RuntimeError if a member does not come: NCCL would only notice in the first broadcast."""
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(size)], timeout)
 
 
 def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
@@ -66,14 +75,21 @@ def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timed
 
 
 def _nccl_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
-    """Its communicator is made without blocking, so that a member that dies meanwhile is noticed."""
+    """Its communicator is made without blocking, in the first broadcast, so that a member that dies then is noticed."""
     if not (dist.is_nccl_available() and torch.cuda.is_available()):
         raise RuntimeError("the learner sends its weights through NCCL, and this process sees no GPU")
     options: Any = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     options.config.blocking = 0
+    seconds = max(1, int(timeout.total_seconds()))
+    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(seconds))  # torch reads it once, and later
     with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # or a member that dies takes the others' processes along
         return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _own_stream() -> torch.cuda.Stream:
+    """Copies in line with nothing else would otherwise wait for what this GPU computes."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

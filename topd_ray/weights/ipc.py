@@ -16,33 +16,34 @@ from topd_ray.weights.checksum import fingerprint
 class IpcChannel:
     """One learner rank and rollout engines that share its GPU, all in processes of their own.
 
-    The learner keeps a copy of the policy in the rollout's dtype on the GPU, from one `send` to the next: engines may
-    read it until then, and all of them must have acknowledged a version before the next is sent. Unlike the chunks of
-    an object store, the weights are checked while they load: after altered ones the engine refuses to generate.
+    The learner keeps a copy of the policy in the rollout's dtype on the GPU, which `send` overwrites: no engine may be
+    reading by then. Its handles are made once. Torch expects each to be opened by one process once, and would never
+    free what others open as well, or none does. Unlike the chunks of an object store, the weights are checked while
+    they load: after altered ones the engine refuses to generate.
     """
 
     staging_device = "cuda"
 
     def __init__(self) -> None:
-        self._staged: list[Named] = []
+        self._staged: dict[str, torch.Tensor] = {}
+        self._handles: list[Mapping[str, Any]] = []
 
     def send(self, version: int, tensors: Iterable[Named]) -> WeightsBundle:
-        """Copy `tensors` to where the engines can read them."""
-        from torch.multiprocessing.reductions import reduce_tensor
-
+        """Copy `tensors`, the same ones for every version, to where the engines can read them."""
         started = time.perf_counter()
-        self._staged = []
-        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # what no engine reads any longer
-        self._staged = [(name, tensor.contiguous()) for name, tensor in tensors]
-        packed = fingerprint(self._staged)
+        if self._staged:
+            for name, tensor in tensors:
+                self._staged[name].copy_(tensor)
+        else:
+            self._staged = {name: tensor.contiguous() for name, tensor in tensors}
+            self._handles = [gpu_handle(tensor) for tensor in self._staged.values()]
+        packed = fingerprint(self._staged.items())
         torch.cuda.synchronize()
-        gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handles = [{gpu: reduce_tensor(tensor)[1]} for _, tensor in self._staged]  # type: ignore[no-untyped-call]
         return WeightsBundle(
             version=version,
             num_bytes=packed.num_bytes,
             checksum=packed.checksum,
-            content=update_fields(self._staged, handles),
+            content=update_fields(list(self._staged.items()), self._handles),
             metrics=timed("pack", time.perf_counter() - started),
         )
 
@@ -54,6 +55,18 @@ class IpcChannel:
             fields=fields,
             expected=(bundle.num_bytes, bundle.checksum),
         )
+
+
+def gpu_handle(tensor: torch.Tensor) -> dict[str, Any]:
+    """What another process opens the memory of `tensor` with, by the GPU it is on.
+
+    The other process waits for no event of torch's: whoever passes the handle on has waited for the tensor.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    _, (*arguments, _waits_for_event) = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
+    gpu = str(torch.cuda.get_device_properties(tensor.device).uuid)
+    return {gpu: (*arguments, False)}
 
 
 def update_fields(tensors: Sequence[Named], handles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
