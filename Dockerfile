@@ -45,7 +45,8 @@ ENV PATH=/opt/topd/.venv/bin:$PATH \
     USER=topd \
     PYTHONUNBUFFERED=1 \
     DO_NOT_TRACK=1 \
-    RAY_USAGE_STATS_ENABLED=0
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_AUTH_MODE=token
 COPY --from=packages /opt/topd/.venv .venv
 # A checkout made under a strict umask is still readable to every user of the image.
 COPY --chmod=0755 . .

@@ -1,11 +1,13 @@
-"""What every test shares: no model hub, one thread per process, GPU tests only where there is a GPU."""
+"""What every test shares: no model hub, one thread per process, tests of GPUs and of hosts only where there are any."""
 
 import os
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 
+from tests import lan
 from topd_ray.doctor import machine
 
 # Read when torch, Ray and the hub client are imported, also by Ray's workers, which inherit them.
@@ -22,14 +24,22 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
+    skip(items, "gpu", why_no_gpu)
+    if os.environ.get("TOPD_REQUIRE_LAN") != "1":
+        skip(items, "lan", lan.missing)
+
+
+def skip(items: list[pytest.Item], marker: str, why_not: Callable[[], str | None]) -> None:
+    """Skip the items that are marked, if there is a reason."""
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked and (reason := why_not()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def why_no_gpu() -> str | None:
     if not machine.list_gpus():
-        reason = "needs an NVIDIA GPU, nvidia-smi lists none"
-    elif machine.installed_device() != "gpu":
-        reason = "needs the GPU packages: make setup DEVICE=gpu"
-    else:
-        return
-    for item in marked:
-        item.add_marker(pytest.mark.skip(reason=reason))
+        return "needs an NVIDIA GPU, nvidia-smi lists none"
+    if machine.installed_device() != "gpu":
+        return "needs the GPU packages: make setup DEVICE=gpu"
+    return None

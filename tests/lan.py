@@ -82,7 +82,9 @@ class Host:
 
 @contextlib.contextmanager
 def lan(names: Sequence[str], *, local_disks: Sequence[Path]) -> Iterator[dict[str, Host]]:
-    """Hosts by name, at 10.77.0.1 and up, who reach each other and nothing else."""
+    """Hosts by name, at 10.77.0.1 and up, who reach each other and nothing else. Raises OSError if `missing()`."""
+    if why_not := missing():
+        raise OSError(why_not)
     with contextlib.ExitStack() as stack:
         switch = stack.enter_context(Host("switch", local_disks=()))
         switch.check("ip", "link", "add", "lan", "type", "bridge")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -10,9 +11,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from topd_ray.actors.absence import FIRST_SECONDS, Absence
 from topd_ray.actors.crew import Slot
-from topd_ray.actors.placement import Need, cluster_nodes, reserve
+from topd_ray.actors.nodes import check_place, look_at_place
+from topd_ray.actors.placement import cluster_nodes, reserve
 from topd_ray.actors.restarts import RestartBudget
+from topd_ray.actors.room import Need
+from topd_ray.config.load import load_config
 from topd_ray.config.schema import FaultsConfig
+from topd_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 LABELS = {"topd/role": "rollout"}
 NEED = Need(role="rollout", index=0, num_cpus=1, num_gpus=0, labels=LABELS)
@@ -66,6 +73,20 @@ def test_a_worker_comes_back_on_another_node_with_its_labels(cluster: Cluster) -
     assert "starts and loads its model on" in absence.waits_for(slot)
     absence.end(slot)
     assert said[-1] == "rollout worker 0 is back after 20 s"
+
+
+def test_the_node_that_a_place_moves_to_is_looked_at(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "pyarrow-1.0.dist-info").mkdir()
+    (tmp_path / "pyarrow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: pyarrow\nVersion: 1.0\n")
+    config = load_config(ROOT / "jobs" / "demo.yaml")
+    node = cluster.add_node(num_cpus=1, labels=LABELS)
+    group = reserve([NEED], cluster_nodes(), wait_seconds=0, check_interrupt=lambda: None)
+    check_place(config, "rollout", group, 0, ray.get(look_at_place(config, "rollout", group, 0), timeout=60))
+    cluster.remove_node(node, allow_graceful=False)
+    facts = look_at_place(config, "rollout", group, 0)
+    cluster.add_node(num_cpus=1, labels=LABELS, env_vars={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    with pytest.raises(ConfigError, match=r"do not fit together:\n  [\d.]+ has pyarrow 1\.0 \(here "):
+        check_place(config, "rollout", group, 0, ray.get(facts, timeout=120))
 
 
 def test_nodes_that_are_full(cluster: Cluster) -> None:

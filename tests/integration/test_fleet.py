@@ -15,6 +15,7 @@ from ray.exceptions import ObjectLostError
 
 from tests.stand_ins import Orders
 from tests.tiny import make_requests
+from topd_ray.actors import node_facts
 from topd_ray.actors.calls import Calls
 from topd_ray.actors.events import (
     Event,
@@ -454,3 +455,15 @@ def test_slow_losses_of_a_worker_are_forgotten_only_after_progress(
     message = rf"^{role} worker 0 has failed more than faults\.max_restarts=1 times without progress, the last time"
     with pytest.raises(error, match=message):
         lose()
+
+
+def test_a_worker_is_not_set_up_where_it_does_not_fit(
+    started: Callable[..., RayFleet], orders: Orders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = started()
+    orders("rollout-setup", "raise RolloutError: it has been set up")
+    monkeypatch.setattr(node_facts, "versions", lambda: {"python": "2.7"})  # the driver's own, when it compares
+    os.kill(pid_of(fleet, "rollout", 0), signal.SIGKILL)
+    message = r"^rollout worker 0 is not back: the nodes of the Ray cluster do not fit together:\n.* has python 3\."
+    with pytest.raises(RolloutError, match=message):
+        hear(fleet, some(Published))

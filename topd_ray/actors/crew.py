@@ -11,9 +11,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from topd_ray.actors.cluster import worker_environment
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.parts import learner_part, rollout_part, teacher_part, threads
-from topd_ray.actors.placement import Need
 from topd_ray.actors.restarts import RestartBudget
 from topd_ray.actors.rollout import RolloutWorker
+from topd_ray.actors.room import Need
 from topd_ray.actors.store import RayStore
 from topd_ray.actors.teacher import TeacherWorker
 from topd_ray.config.schema import TopdConfig

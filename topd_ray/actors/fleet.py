@@ -28,13 +28,14 @@ from topd_ray.actors.events import (
     Written,
 )
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
-from topd_ray.actors.nodes import check_nodes
+from topd_ray.actors.nodes import check_nodes, check_place, look_at_place
 from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve
 from topd_ray.actors.rollout import RemoteStudent
 from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import EvaluationConfig, TopdConfig
 from topd_ray.errors import (
+    ConfigError,
     LearnerError,
     NonFiniteLossError,
     PayloadLostError,
@@ -91,16 +92,16 @@ class RayFleet:
         config = self._config
         start_ray(config)
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
-        group = reserve(
+        self._group = reserve(
             wanted,
             cluster_nodes(),
             wait_seconds=config.resources.wait_seconds,
             check_interrupt=self._check_interrupt,
             say=self._say,
         )
-        check_nodes(config, wanted, group)
-        self._crew = Crew(config, wanted, group, self._total_updates)
-        self._absence = Absence(group, self._say)
+        check_nodes(config, wanted, self._group)
+        self._crew = Crew(config, wanted, self._group, self._total_updates)
+        self._absence = Absence(self._group, self._say)
         self._answers = Answers(self._crew, self.traffic, self._check_interrupt)
         self._rollouts = self._crew.of("rollout")
         self._teachers = self._crew.of("teacher")
@@ -164,8 +165,8 @@ class RayFleet:
         future = slot.actor.update_weights.remote(self._newest, interrupt=interrupt)
         self._calls.add("update_weights", slot, future, bundle=self._newest)
 
-    def _set_up(self, slot: Slot, *args: Any) -> None:
-        self._calls.add("setup", slot, slot.actor.setup.remote(*args))
+    def _set_up(self, slot: Slot, *args: Any, since: float | None = None) -> None:
+        self._calls.add("setup", slot, slot.actor.setup.remote(*args), made_at=since)
 
     # Events
 
@@ -199,6 +200,8 @@ class RayFleet:
     def _hear(self, future: ray.ObjectRef) -> list[Event]:
         call = self._calls.pop(future)
         call.slot.heard_at = time.monotonic()
+        if call.kind == "look":
+            return self._looked(call, future)
         try:
             return self._answered(call, self._answers.get(future))
         except NonFiniteLossError:
@@ -207,6 +210,18 @@ class RayFleet:
             return self._unreadable(call, error)
         except (TopdError, RayError) as error:
             return self._failed(call, error)
+
+    def _looked(self, call: Call, future: ray.ObjectRef) -> list[Event]:
+        """Set a worker up that is made anew. Raises its role's error if its node does not fit."""
+        slot = call.slot
+        try:
+            check_place(self._config, slot.role, self._group, slot.bundle, self._answers.get(future, count=False))
+        except ConfigError as error:
+            raise FAILED[slot.role](f"{slot} is not back: {error}") from None
+        except RayError as error:
+            return [self._lose(slot, error)]
+        self._set_up(slot, since=call.made_at)
+        return []
 
     def _answered(self, call: Call, answer: Any) -> list[Event]:
         slot = call.slot
@@ -290,7 +305,10 @@ class RayFleet:
             raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {reason_of(reason)}")
         self._absence.begin(slot)
         self._crew.make(slot)
-        self._set_up(slot)
+        if cluster_address(self._config) is None:
+            self._set_up(slot)
+        else:  # it may have moved to another node, even one that was not there at the start
+            self._calls.add("look", slot, look_at_place(self._config, slot.role, self._group, slot.bundle))
         return Lost(role=slot.role, worker=slot.index, reason=reason_of(reason))
 
     def _late(self) -> list[Event]:
@@ -303,10 +321,11 @@ class RayFleet:
         late = {}
         for call in self._calls.late(now):
             late[call.slot] = f"{call.kind} took longer than {call.limit}"
-            if call.kind == "setup" and call.slot.role != "learner" and not self._is_starting:
+            is_setup = call.kind in ("look", "setup")
+            if is_setup and call.slot.role != "learner" and not self._is_starting:
                 waits_for = self._absence.waits_for(call.slot)
                 raise FAILED[call.slot.role](f"{call.slot} is not back: {late[call.slot]}; {waits_for}")
-            if call.slot.role == "learner" or call.kind == "setup":
+            if call.slot.role == "learner" or is_setup:
                 raise WorkerLostError(f"{call.slot} does not answer: {late[call.slot]}")
         silence = self._calls.silence
         for slot in self._rollouts:

@@ -9,11 +9,12 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from topd_ray.actors import node_facts
 from topd_ray.actors.node_facts import NodeFacts
-from topd_ray.actors.placement import Need, cluster_nodes
+from topd_ray.actors.placement import cluster_nodes
+from topd_ray.actors.room import Need
 from topd_ray.config.model_folder import is_local
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError
@@ -52,7 +53,33 @@ def check_nodes(config: TopdConfig, wanted: Sequence[Need], group: PlacementGrou
         answers = _ask(roles, _model_folders(config), marker, content)
     finally:
         marker.unlink()
-    if problems := list(problems_of(answers, node_facts.versions(), folder)):
+    _check(answers, folder)
+
+
+def look_at_place(config: TopdConfig, role: str, group: PlacementGroup, bundle: int) -> ray.ObjectRef:
+    """The facts, for `check_place`, of the node that `bundle` is on, as soon as it is on one."""
+    place = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle)
+    cloudpickle.register_pickle_by_value(node_facts)
+    try:
+        look = ray.remote(node_facts.look).options(num_cpus=0, scheduling_strategy=place)
+        return look.remote(_model_folders(config)[role], "", "")
+    finally:
+        cloudpickle.unregister_pickle_by_value(node_facts)
+
+
+def check_place(config: TopdConfig, role: str, group: PlacementGroup, bundle: int, facts: NodeFacts) -> None:
+    """Raise ConfigError, as `check_nodes` does, if a worker that is made anew would not fit where `bundle` is now.
+
+    Learner ranks, which write to the run folder, are not made anew.
+    """
+    node_id = placement_group_table(group)["bundles_to_node_id"].get(bundle)
+    addresses = {node.node_id: node.address for node in cluster_nodes()}
+    address = addresses.get(node_id, f"node {node_id}")
+    _check([Answer(address=address, roles=frozenset([role]), facts=facts)], config.run.folder)
+
+
+def _check(answers: Sequence[Answer], folder: Path) -> None:
+    if problems := problems_of(answers, node_facts.versions(), folder):
         raise ConfigError("\n  ".join(["the nodes of the Ray cluster do not fit together:", *problems]))
 
 

@@ -1,9 +1,9 @@
-"""What each worker needs, whether the machine or the cluster has it, and where the actors go."""
+"""What each worker needs, whether this machine has it, and where the actors go."""
 
+import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -11,6 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 
 from topd_ray.actors.parts import threads
+from topd_ray.actors.room import Need, Node, shortage
 from topd_ray.config.model_folder import inspect_folder, is_local
 from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.errors import ConfigError
@@ -21,46 +22,6 @@ PROCESS_BYTES = 800 * 2**20
 """Resident memory of a worker before its model is loaded: Python, torch, vLLM or DeepSpeed."""
 DEFAULT_KV_BYTES = 2**30
 """What the engines take on CPUs where kv_cache_bytes is unset."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Need:
-    """What one actor asks Ray for."""
-
-    role: str
-    index: int
-    num_cpus: int
-    num_gpus: float
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """of the nodes it may be on"""
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        gpus = {"GPU": self.num_gpus} if self.num_gpus else {}
-        return {"CPU": float(self.num_cpus), **gpus}
-
-    def __str__(self) -> str:
-        where = f", a node labelled {_listed(self.labels)}" if self.labels else ""
-        return f"{self.role} {self.index}: {self.num_cpus} CPU, {self.num_gpus:g} GPU{where}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """A node of the cluster and all it has, busy or not."""
-
-    node_id: str
-    address: str
-    resources: Mapping[str, float]
-    labels: Mapping[str, str]
-
-    def can_hold(self, need: Need) -> bool:
-        fits = all(self.resources.get(kind, 0.0) + 1e-6 >= amount for kind, amount in need.bundle.items())
-        return fits and all(self.labels.get(name) == value for name, value in need.labels.items())
-
-    def __str__(self) -> str:
-        own = {name: value for name, value in self.labels.items() if name != "ray.io/node-id"}
-        has = f"{self.resources.get('CPU', 0.0):g} CPU, {self.resources.get('GPU', 0.0):g} GPU"
-        return f"{self.address}: {has}{', ' + _listed(own) if own else ''}"
 
 
 def cluster_nodes() -> list[Node]:
@@ -81,8 +42,8 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
     """One entry per rollout worker, teacher worker and learner rank, in this order, but those bound to labels first.
 
     Ray fills nodes in the order of the entries, and others would take the only nodes that these may use.
-    `num_gpus` is what there is. Fewer GPUs than workers are shared out evenly, unless resources.* or
-    tensor_parallel_size say otherwise; the engines' kv_cache_bytes must then leave room for each other.
+    `num_gpus` is what there is. Where it is less than one for each worker, each GPU is shared by as few as can be,
+    unless resources.* or tensor_parallel_size say otherwise; kv_cache_bytes must then leave room for each other.
     """
     counts = {
         "rollout": (config.rollout.num_workers, config.rollout.tensor_parallel_size),
@@ -91,7 +52,7 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
     }
     num_workers = sum(count for count, _ in counts.values())
     spreads = any(tensor_parallel > 1 for _, tensor_parallel in counts.values())
-    share = num_gpus / num_workers if num_gpus < num_workers and not spreads else 1.0
+    share = 1 / math.ceil(num_workers / num_gpus) if num_gpus and not spreads else 1.0
     found = []
     for role, (count, tensor_parallel) in counts.items():
         asked: float | None = getattr(config.resources, f"gpus_per_{role}")
@@ -204,19 +165,3 @@ def reserve(
                 "node"
             )
     return group
-
-
-def shortage(wanted: Sequence[Need], nodes: Sequence[Node]) -> list[str]:
-    """What `nodes` lack, busy or not, to hold `wanted`: in total, and for each worker, which must fit on one node."""
-    lines = []
-    for kind in ("CPU", "GPU"):
-        asked = sum(need.bundle.get(kind, 0.0) for need in wanted)
-        there = sum(node.resources.get(kind, 0.0) for node in nodes)
-        if asked > there + 1e-6:
-            lines.append(f"the run needs {asked:g} {kind}s, the cluster has {there:g}")
-    lines += [f"no node can hold {need}" for need in wanted if not any(node.can_hold(need) for node in nodes)]
-    return lines
-
-
-def _listed(labels: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sorted(labels.items()))

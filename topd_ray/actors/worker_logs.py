@@ -8,7 +8,8 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from topd_ray.actors.placement import Node, cluster_nodes
+from topd_ray.actors.placement import cluster_nodes
+from topd_ray.actors.room import Node
 from topd_ray.redaction import Redactor
 
 FILE_BYTES = 256 * 1024

@@ -14,6 +14,7 @@ from topd_ray.config.schema import ModelConfig, TopdConfig
 from topd_ray.config.text import expanded, read_text
 from topd_ray.config.validate import report, shown, validated
 from topd_ray.errors import ConfigError
+from topd_ray.redaction import Redactor
 
 HARMLESS = (
     "run.name",
@@ -61,10 +62,12 @@ FREE_BYTES = 256 * 1024**2
 
 
 def check_inputs(config: TopdConfig, *, training: bool = True) -> None:
-    """Check models, data files and, when `training`, the run folder and the space on its disk.
+    """Check models, data files and, when `training`, the run folder and the space on its disk; refuse secrets.
 
     Raises ConfigError with a line for every problem: dotted key, what was found, what would be right.
     """
+    if secrets := [*_secrets(config)]:
+        raise report("config", secrets)
     student, student_problems = _model("student", config.student)
     teacher, teacher_problems = _model("teacher", config.teacher)
     problems = [
@@ -79,6 +82,18 @@ def check_inputs(config: TopdConfig, *, training: bool = True) -> None:
         problems += [*_run_folder(config), *_disk(config, student)]
     if problems:
         raise report("config", problems)
+
+
+def _secrets(config: TopdConfig) -> Iterator[str]:
+    """Whatever a config holds is written to the run folder, and shown in messages."""
+    tree, redact = config.model_dump(mode="json"), Redactor({})
+    for key in fields():
+        value = yaml12.dump(_value(tree, key))
+        if redact(value) != value:
+            yield (
+                f"{key}: found what looks like a secret, which the run folder would keep; right would be none, and "
+                "tokens in the environment (docs/security.md)"
+            )
 
 
 def changed_keys(old: TopdConfig, new: TopdConfig) -> list[str]:
