@@ -472,7 +472,8 @@ def test_a_worker_that_cannot_be_set_up(started: Callable[..., RayFleet], orders
 def test_slow_losses_of_a_worker_are_forgotten_only_after_progress(
     started: Callable[..., RayFleet], orders: Orders, role: str
 ) -> None:
-    fleet = started("faults.max_restarts=1", "faults.window_seconds=0.01")
+    one = ("rollout.num_workers=1", "teacher.num_workers=1", "learner.num_ranks=1")
+    fleet = started("faults.max_restarts=1", "faults.window_seconds=0.01", *one)
 
     def lose() -> None:
         os.kill(pid_of(fleet, role, 0), signal.SIGKILL)
