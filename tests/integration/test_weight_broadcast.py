@@ -79,9 +79,13 @@ def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, m
 
 def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make):
     lost, other = make(), make()
-    old = learner.send(1, tensors(1))
+    old, before = learner.send(1, tensors(1)), generation(learner)
     lost.ask(old, "stop")
     other.ask(old)
+    deadline = time.monotonic() + TIMEOUT
+    while generation(learner) == before:
+        assert time.monotonic() < deadline, "no round was begun"
+        time.sleep(0.01)
     time.sleep(0.5)
     started = time.monotonic()
     new = learner.send(2, tensors(2))
