@@ -12,8 +12,8 @@ from topd_ray.actors.crew import Slot
 from topd_ray.actors.events import Guided, Lost, Written
 from topd_ray.actors.fleet import RayFleet
 from topd_ray.actors.messages import GuidedChunk, RolloutChunk
-from topd_ray.actors.placement import Need
 from topd_ray.actors.restarts import RestartBudget
+from topd_ray.actors.room import Need
 from topd_ray.config.load import load_config
 from topd_ray.errors import RolloutError, TeacherError
 
