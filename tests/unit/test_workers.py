@@ -137,6 +137,7 @@ def test_no_rank_learns_if_one_cannot_fetch_its_share(tmp_path: Path) -> None:
         ("finish", "learn", "faults.stall_seconds=7 s", True),
         ("finish", "update_weights", "faults.stall_seconds=7 s", True),
         ("interrupt", "update_weights", "weights.timeout_seconds=7 s", False),
+        ("finish", "look", "faults.replace_seconds=7 s", False),
         ("finish", "setup", "faults.replace_seconds=7 s", False),
     ],
 )
