@@ -63,13 +63,14 @@ def fleet(running: RayFleet, orders: Orders) -> RayFleet:
 
 
 @pytest.fixture
-def hurry(fleet: RayFleet, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def hurry(fleet: RayFleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets other time limits for the calls to come: short ones, on a busy machine, hit the innocent too."""
 
     def hurry(*overrides: str) -> None:
         monkeypatch.setattr(fleet, "_calls", Calls(config_of("", *overrides)))
 
-    return hurry
+    yield hurry
+    settle(fleet)  # what was called under these limits is forgotten with them
 
 
 def settle(fleet: RayFleet) -> None:
@@ -339,6 +340,38 @@ def test_what_each_rank_says_of_a_loss_that_is_not_finite(fleet: RayFleet, order
     assert sorted(str(error.value).split("; ")) == ["nan on 0", "nan on 1"]
 
 
+@pytest.mark.parametrize("end", ["answers", "dies"])
+def test_by_ipc_a_version_waits_until_nobody_reads_the_last_one(
+    fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    by_ipc = fleet._config.model_copy(update={"weights": WeightsConfig(channel="ipc")})
+    monkeypatch.setattr(fleet, "_config", by_ipc)
+    last = fleet._rollouts[0].version
+    assert last is not None
+    pids = [pid_of(fleet, "rollout", 0), pid_of(fleet, "rollout", 1)]
+    orders(f"rollout-update_weights-{last + 1}", "once wait read")
+
+    def learn(worker: int) -> None:
+        fleet.learn(guide(fleet, 0, write(fleet, worker, "p1")))
+        hear(fleet, some(Learned))
+        fleet.publish()
+
+    def published(events: list[Event]) -> list[tuple[int, int]]:
+        return [(event.worker, event.version) for event in events if isinstance(event, Published)]
+
+    learn(0)
+    ((quick, version),) = published(hear(fleet, some(Published)))
+    learn(quick)
+    assert version == last + 1 and not fleet._calls.of(kind="pack"), "one worker still reads"
+    if end == "answers":
+        orders("read")
+    else:
+        os.kill(pids[1 - quick], signal.SIGKILL)
+    events = hear(fleet, lambda events: {(0, last + 2), (1, last + 2)} <= {*published(events)})
+    assert [(1 - quick, last + 1)] == [one for one in published(events) if one[1] != last + 2] or end == "dies"
+    assert some(Lost)(events) == (end == "dies")
+
+
 @pytest.fixture
 def started(address: str, orders: Orders) -> Iterator[Callable[..., RayFleet]]:
     """Starts fleets that do not survive their test, one after the other; `running` has ended by then."""
@@ -384,38 +417,6 @@ def test_weights_by_broadcast_while_workers_die(started: Callable[..., RayFleet]
     settle(fleet)
     assert [slot.version for slot in fleet._rollouts] == [3, 3]
     assert not some(Lost)(events)
-
-
-@pytest.mark.parametrize("end", ["answers", "dies"])
-def test_by_ipc_a_version_waits_until_nobody_reads_the_last_one(
-    fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    by_ipc = fleet._config.model_copy(update={"weights": WeightsConfig(channel="ipc")})
-    monkeypatch.setattr(fleet, "_config", by_ipc)
-    last = fleet._rollouts[0].version
-    assert last is not None
-    pids = [pid_of(fleet, "rollout", 0), pid_of(fleet, "rollout", 1)]
-    orders(f"rollout-update_weights-{last + 1}", "once wait read")
-
-    def learn(worker: int) -> None:
-        fleet.learn(guide(fleet, 0, write(fleet, worker, "p1")))
-        hear(fleet, some(Learned))
-        fleet.publish()
-
-    def published(events: list[Event]) -> list[tuple[int, int]]:
-        return [(event.worker, event.version) for event in events if isinstance(event, Published)]
-
-    learn(0)
-    ((quick, version),) = published(hear(fleet, some(Published)))
-    learn(quick)
-    assert version == last + 1 and not fleet._calls.of(kind="pack"), "one worker still reads"
-    if end == "answers":
-        orders("read")
-    else:
-        os.kill(pids[1 - quick], signal.SIGKILL)
-    events = hear(fleet, lambda events: {(0, last + 2), (1, last + 2)} <= {*published(events)})
-    assert [(1 - quick, last + 1)] == [one for one in published(events) if one[1] != last + 2] or end == "dies"
-    assert some(Lost)(events) == (end == "dies")
 
 
 @pytest.mark.parametrize("moment", ["learn", "save"])
