@@ -331,15 +331,6 @@ def test_what_a_lost_worker_held_is_unreadable(fleet: RayFleet, orders: Orders) 
     assert [e.role for e in events if isinstance(e, Lost)] == ["teacher"]
 
 
-def test_what_each_rank_says_of_a_loss_that_is_not_finite(fleet: RayFleet, orders: Orders) -> None:
-    orders("learner0-learn", "raise NonFiniteLossError: nan on 0")
-    orders("learner1-learn", "raise NonFiniteLossError: nan on 1")
-    fleet.learn(guide(fleet, 0, write(fleet, 0, "p1")))
-    with pytest.raises(NonFiniteLossError) as error:
-        hear(fleet, some(Learned))
-    assert sorted(str(error.value).split("; ")) == ["nan on 0", "nan on 1"]
-
-
 @pytest.mark.parametrize("end", ["answers", "dies"])
 def test_by_ipc_a_version_waits_until_nobody_reads_the_last_one(
     fleet: RayFleet, orders: Orders, monkeypatch: pytest.MonkeyPatch, end: str
@@ -370,6 +361,15 @@ def test_by_ipc_a_version_waits_until_nobody_reads_the_last_one(
     events = hear(fleet, lambda events: {(0, last + 2), (1, last + 2)} <= {*published(events)})
     assert [(1 - quick, last + 1)] == [one for one in published(events) if one[1] != last + 2] or end == "dies"
     assert some(Lost)(events) == (end == "dies")
+
+
+def test_what_each_rank_says_of_a_loss_that_is_not_finite(fleet: RayFleet, orders: Orders) -> None:
+    orders("learner0-learn", "raise NonFiniteLossError: nan on 0")
+    orders("learner1-learn", "raise NonFiniteLossError: nan on 1")
+    fleet.learn(guide(fleet, 0, write(fleet, 0, "p1")))
+    with pytest.raises(NonFiniteLossError) as error:
+        hear(fleet, some(Learned))
+    assert sorted(str(error.value).split("; ")) == ["nan on 0", "nan on 1"]
 
 
 @pytest.fixture
