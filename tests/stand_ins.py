@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ class StandIn:
         if order == "die":
             os._exit(1)
         if order == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # This thread first: were the process told, another thread might take it, and this one answer before that.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         verb, _, rest = order.partition(" ")
         if order == "interrupt":
             os.kill(os.getpid(), signal.SIGTERM)
