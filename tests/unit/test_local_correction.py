@@ -339,6 +339,30 @@ def test_figures_of_rows_made_by_hand(config: TopdConfig, point: Point, tmp_path
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
+def test_windows_of_unequal_length_have_a_row_of_their_own(config: TopdConfig, point: Point) -> None:
+    """30 points with as many tokens, 10 with a teacher's window that is one shorter, 1 with a shorter student's."""
+    left = {BEFORE: 0.5, "opd": 0.4, "topd": 0.2, "identity": 0.25, "teacher_context": 0.1}
+    points, rows = made(point, {arm: [value] * 30 + [value * 1.2] * 10 + [0.6] for arm, value in left.items()})
+    teacher_ids = np.append(point.teacher_ids, point.teacher_ids[:1])
+    for index, ids in [*((index, teacher_ids[:-2]) for index in range(30, 40)), (40, teacher_ids)]:
+        window = points[index].window
+        windows = replace(window.windows, teacher_ids=ids, teacher_indptr=np.asarray([0, len(ids)], np.int64))
+        points[index] = replace(points[index], window=replace(window, windows=windows))
+    figures = figures_of(points, rows, [1.0, 2.0], 1.0)
+    lengths = figures["lengths"]
+    assert {name: found["opd"].n for name, found in lengths.items()} == {
+        "equal": 30,
+        "the student's is shorter": 1,
+        "the teacher's is shorter": 10,
+    }
+    found = lengths["the teacher's is shorter"]
+    assert (found[BEFORE].value, found["opd"].value) == pytest.approx((0.6, 0.48))
+    assert found["identity_minus_topd"].value == pytest.approx(0.06) and found["ratio"].low is None
+    assert lengths["equal"]["identity_minus_topd"].value == pytest.approx(0.05)
+    (table,) = [table for table in tables_of(figures, 1.0, WINDOW) if table.columns[0] == "windows"]
+    assert [row[:2] for row in table.rows] == [[name, str(found["opd"].n)] for name, found in lengths.items()]
+
+
 def test_too_few_points_are_said_and_get_no_interval(config: TopdConfig, point: Point, tmp_path: Path) -> None:
     arms = {BEFORE: 0.5, "opd": 0.4, "topd": 0.2, "identity": 0.3, "teacher_context": 0.1}
     points, rows = made(point, {arm: [left] * 3 for arm, left in arms.items()})

@@ -194,6 +194,21 @@ def test_detection_by_hand() -> None:
     assert found["auc"]["position_cost"].value == pytest.approx(3 / 15)
 
 
+def test_windows_of_unequal_length_are_detected_by_themselves() -> None:
+    """The rows made here have windows of two tokens and of one; others, as long as each other, change nothing."""
+    equal = [
+        {**row("high", 1.0, 0.15 * index, label="error", position=index, trajectory_id="p0/0/1"), "teacher_ids": [3, 4]}
+        for index in range(5)
+    ]
+    unequal, found = figures_of(labelled()), figures_of([*labelled(), *equal])
+    assert unequal.unequal_detection == unequal.detection == found.unequal_detection
+    assert found.detection is not None and found.detection["labels"]["error"] == 8
+    table = tables(found)[1]
+    assert table.columns == ("", "here [95 %]", "full windows", "unequal windows")
+    assert table.rows[0] == ("positions", "15", "15", "10")
+    assert figures_of([*equal, *prompts(3)[1:3]]).unequal_detection is None
+
+
 def test_nothing_is_detected_where_nothing_is_labelled() -> None:
     assert figures_of(prompts(3)).detection is None
 

@@ -96,9 +96,9 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     points at which TOPD leaves less (`nearer`) and more (`farther`).
     `best_ratio`: TOPD's with either method at the rate that suits it best, which is chosen again in each resample;
     `teacher_context_best_ratio`: the same in the teacher's context.
-    `labels`: those of `rate` by what the mismatches mean, where that is known. `start`, of `rate`: the share of
-    continuations that begin with the teacher's first token, and the mean distance of those that do and do not.
-    `targets`: see `targets_of`. Resamples are of prompts.
+    `labels`: those of `rate` by what the mismatches mean, where that is known; `lengths`: by which of the rollout's and
+    the teacher's windows is shorter. `start`, of `rate`: the share of continuations that begin with the teacher's first
+    token, and the mean distance of those that do and do not. `targets`: see `targets_of`. Resamples are of prompts.
     """
     clusters = clusters_of(points)
     figures: dict[str, Any] = {
@@ -106,7 +106,6 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
         "rollout": bootstrap(_mean, [point.distance for point in points], clusters=clusters),
         "teacher_again": bootstrap(_mean, [point.teacher_again for point in points], clusters=clusters),
         "targets": targets_of(points),
-        "labels": {},
         "start": {key[0]: _by_start(rows, *key) for key in ((BEFORE, 0.0), *((arm, rate) for arm in NAMES))},
     }
     kinds: tuple[Kind, ...] = ("distance", "greedy")
@@ -120,12 +119,27 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
             "teacher_context_best_ratio": bootstrap(_best_ratio, *opd, *in_context, clusters=clusters),
         }
     columns = columns_of(rows, "distance")
-    for label in sorted({point.label for point in points if point.label}):
-        own = np.flatnonzero([point.label == label for point in points])
-        left = {arm: columns[arm, rate][own] for arm in NAMES}
-        before = bootstrap(_mean, columns[BEFORE, 0.0][own], clusters=clusters[own])
-        figures["labels"][label] = {BEFORE: before, **_of_rate(left, clusters[own])}
+    left = {arm: columns[arm, rate] for arm in NAMES}
+    for name, groups in (
+        ("labels", [point.label for point in points]),
+        ("lengths", [point.lengths for point in points]),
+    ):
+        figures[name] = _by_group(groups, columns[BEFORE, 0.0], left, clusters)
     return figures
+
+
+def _by_group(
+    groups: Sequence[str], before: Floats, left: Mapping[str, Floats], clusters: NDArray[np.int64]
+) -> dict[str, dict[str, Interval]]:
+    """The figures of the points of each group that has a name."""
+    found = {}
+    for group in sorted({*groups} - {""}):
+        own = np.asarray(groups) == group
+        found[group] = {
+            BEFORE: bootstrap(_mean, before[own], clusters=clusters[own]),
+            **_of_rate({arm: values[own] for arm, values in left.items()}, clusters[own]),
+        }
+    return found
 
 
 def _by_start(rows: Sequence[Row], arm: str, rate: float) -> dict[str, float | None]:
@@ -202,7 +216,11 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
         columns=["", "this pair", "paper"],
         rows=[[label, shown(value), shown(paper)] for label, value, paper in beside],
     )
-    labels = [_by_label(f"Left at learning rate {rate:g} by what the mismatch means", figures["labels"])]
+    left = f"Left at learning rate {rate:g} by"
+    groups = [
+        _of_groups(f"{left} what the mismatch means", "mismatch", figures["labels"]),
+        _of_groups(f"{left} the lengths of the rollout's and the teacher's windows", "windows", figures["lengths"]),
+    ]
     starts = Table(
         title=f"Continuations at learning rate {rate:g} that begin with the teacher's first token, and mean distances",
         columns=["", "begin so", "distance of those", "of the others"],
@@ -214,7 +232,7 @@ def tables_of(figures: Mapping[str, Any], rate: float, window: int) -> list[Tabl
     return [
         first,
         starts,
-        *(labels if figures["labels"] else ()),
+        *(table for table in groups if table.rows),
         _by_rate("Left by learning rate, continuations drawn again", sampled),
         _by_rate("Left by learning rate, greedy continuations", figures["greedy"]),
     ]
@@ -232,10 +250,10 @@ def _by_rate(title: str, figures: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=rows)
 
 
-def _by_label(title: str, figures: Mapping[str, Any]) -> Table:
-    columns = ["mismatch", "points", "before", *SHORT.values(), "TOPD / OPD"]
-    keys = (BEFORE, *SHORT, "ratio")
-    rows = [[label, str(found["opd"].n), *(shown(found[key]) for key in keys)] for label, found in figures.items()]
+def _of_groups(title: str, name: str, figures: Mapping[str, Any]) -> Table:
+    columns = [name, "points", "before", *SHORT.values(), "TOPD / OPD", "identity - TOPD"]
+    keys = (BEFORE, *SHORT, "ratio", "identity_minus_topd")
+    rows = [[group, str(found["opd"].n), *(shown(found[key]) for key in keys)] for group, found in figures.items()]
     return Table(title=title, columns=columns, rows=rows)
 
 

@@ -64,6 +64,14 @@ class Point:
         """The teacher's window."""
         return self.window.windows.teacher_ids
 
+    @property
+    def lengths(self) -> str:
+        """Whether the two windows have as many tokens, or which ends earlier."""
+        student, teacher = self.window.trajectory.num_response_tokens, len(self.teacher_ids)
+        if student == teacher:
+            return "equal"
+        return "the student's is shorter" if student < teacher else "the teacher's is shorter"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:

@@ -55,6 +55,8 @@ class Probed:
     loss: Floats
     distance: Floats
     position_cost: Floats
+    has_equal_lengths: Bools
+    """whether the two windows have as many tokens"""
     label: NDArray[np.str_]
 
     @classmethod
@@ -70,6 +72,8 @@ class Probed:
             loss=columns["loss"].astype(np.float64),
             distance=columns["distance"].astype(np.float64),
             position_cost=columns["position_cost"].astype(np.float64),
+            has_equal_lengths=np.fromiter(map(len, columns["student_ids"]), np.int64)
+            == np.fromiter(map(len, columns["teacher_ids"]), np.int64),
             label=columns["label"].astype(np.str_),
         )
 
@@ -115,6 +119,8 @@ class Figures:
     """`edges` of the bins of distances, and counts by kind"""
     detection: Mapping[str, Any] | None
     """see `detect`; None where no label is known"""
+    unequal_detection: Mapping[str, Any] | None
+    """the same where one of the two windows is shorter than the other"""
     notes: Sequence[str]
     full_windows: "Figures | None" = None
     """the same over positions whose student window has all its tokens; None where a kind has no such position"""
@@ -153,6 +159,7 @@ def _figures(probed: Probed, config: TopdConfig) -> Figures:
     def over(rows: Bools, statistic: Callable[..., float], *columns: NDArray[Any]) -> Interval:
         return bootstrap(statistic, *(column[rows] for column in columns), clusters=probed.prompt[rows])
 
+    quantile = config.near_future.false_alarm_quantile
     quartile = over(kinds["low"], lambda low: float(np.quantile(low, QUARTILE)), probed.distance)
     return Figures(
         counts=counts,
@@ -166,7 +173,8 @@ def _figures(probed: Probed, config: TopdConfig) -> Figures:
         },
         spearman={name: over(rows, spearman, probed.loss, probed.distance) for name, rows in correlated.items()},
         histogram=histogram(probed),
-        detection=detect(probed, config.near_future.false_alarm_quantile),
+        detection=detect(probed, quantile),
+        unequal_detection=detect(probed.where(~probed.has_equal_lengths), quantile),
         notes=_notes(counts, quartile, int((~has_loss).sum())),
     )
 

@@ -1,6 +1,6 @@
 """The figures of a probe as tables, beside the paper's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from topd_ray.studies.probe.figures import PAPER, Figures
@@ -23,11 +23,17 @@ def tables(figures: Figures) -> list[Table]:
         f"{counts['positions']['high']} high-loss positions"
         + (f", {full.counts['positions']['high']} with full windows" if full else "")
     )
-    found = [_table(title, [_plain_rows(figures), _plain_rows(full) if full else None], paper)]
+    rows = {"here [95 %]": _plain_rows(figures), "full windows": _plain_rows(full) if full else None, "paper": paper}
+    found = [_table(title, rows)]
     if (detection := figures.detection) is not None:
         labels = ", ".join(f"{number} {name}" for name, number in detection["labels"].items())
-        of_full = _detection_rows(full.detection) if full and full.detection else None
-        found.append(_table(f"Detection of forks: {labels}", [_detection_rows(detection), of_full]))
+        columns = {
+            "here [95 %]": detection,
+            "full windows": full.detection if full else None,
+            "unequal windows": figures.unequal_detection,
+        }
+        rows = {name: _detection_rows(one) if one else None for name, one in columns.items()}
+        found.append(_table(f"Detection of forks: {labels}", rows))
     return found
 
 
@@ -39,15 +45,14 @@ def _correlation(name: str, over: str) -> str:
     return f"{name} of loss and distance, {OVER[over]}"
 
 
-def _table(title: str, columns: Sequence[dict[str, str] | None], paper: dict[str, str] | None = None) -> Table:
-    """All windows, full ones and, where given, the paper's, by the names of the first."""
-    named: dict[str, dict[str, str] | None] = {"here [95 %]": columns[0], "full windows": columns[1], "paper": paper}
-    kept = {name: column for name, column in named.items() if column is not None}
-    names = [*(columns[0] or {})]
+def _table(title: str, columns: Mapping[str, Mapping[str, str] | None]) -> Table:
+    """The columns that there are, each by the names of the first one's rows."""
+    kept = {name: column for name, column in columns.items() if column is not None}
+    first = next(iter(kept.values()))
     return Table(
         title=title,
         columns=("", *kept),
-        rows=[(name, *(column.get(name, "-") for column in kept.values())) for name in names],
+        rows=[(name, *(column.get(name, "-") for column in kept.values())) for name in first],
     )
 
 
@@ -65,6 +70,7 @@ def _plain_rows(figures: Figures) -> dict[str, str]:
 
 def _detection_rows(detection: Mapping[str, Any]) -> dict[str, str]:
     return {
+        "positions": str(sum(detection["labels"].values())),
         "forks among decided positions": shown(detection["fork_share"], "%"),
         "threshold of the distance": shown(detection["threshold"]),
         "precision above it": shown(detection["precision"], "%"),
