@@ -24,6 +24,7 @@ from topd_ray.actors.events import (
     Written,
 )
 from topd_ray.actors.messages import GuidedChunk, GuidedItem, RolloutChunk
+from topd_ray.actors.restarts import RestartBudget
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import PromptSchedule
 from topd_ray.pipeline.faults import LONE_ATTEMPTS
@@ -70,6 +71,7 @@ class Worker:
     role: str
     index: int
     version: int
+    budget: RestartBudget
     is_up: bool = True
     """takes calls"""
     is_loaded: bool = True
@@ -87,7 +89,10 @@ class Worker:
 
 
 class ScriptedFleet:
-    """`writes`, `guides`, `batches` and `lost` tell what was asked and what failed."""
+    """`writes`, `guides`, `batches` and `failures` tell what was asked and what failed.
+
+    Runs go on beyond faults.max_restarts; `worn_out` holds the workers for which a real one would have ended.
+    """
 
     def __init__(self, config: TopdConfig, script: Script, version: int = 0) -> None:
         self._config = config
@@ -99,10 +104,14 @@ class ScriptedFleet:
         self.now = 0.0
         self.version = version
         self.is_learning = False
+        numbers = {"rollout": config.rollout.num_workers, "teacher": config.teacher.num_workers}
         self.workers = {
-            "rollout": [Worker("rollout", index, version) for index in range(config.rollout.num_workers)],
-            "teacher": [Worker("teacher", index, version) for index in range(config.teacher.num_workers)],
+            role: [
+                Worker(role, index, version, RestartBudget(config.faults, lambda: self.now)) for index in range(number)
+            ]
+            for role, number in numbers.items()
         }
+        self.worn_out: set[tuple[str, int]] = set()
         self.failures: Counter[str] = Counter()
         self.lone_failures: Counter[str] = Counter()
         self.open: set[str] = set()
@@ -165,6 +174,10 @@ class ScriptedFleet:
             if one.is_loaded:
                 self._send_weights(one)
 
+    def excuse(self, role: str) -> None:
+        for one in self.workers[role]:
+            one.budget.excuse()
+
     def wait(self) -> list[Event]:
         """All events of the next moment at which there are some."""
         events: list[Event] = []
@@ -209,6 +222,7 @@ class ScriptedFleet:
         if any(("rollout", each) in self._script.poison for each in ids):
             return
         worker.has.remove(ids)
+        worker.budget.progressed()
         chunk = RolloutChunk(
             handle=(worker, worker.life),
             trajectory_ids=tuple(sorted(ids)),
@@ -227,6 +241,7 @@ class ScriptedFleet:
         if is_lost:
             yield GuideUnreadable(teacher=worker.index, sources=chunks)
             return
+        worker.budget.progressed()
         items = [
             GuidedItem(
                 handle=(worker, worker.life),
@@ -271,6 +286,8 @@ class ScriptedFleet:
     def _die(self, worker: Worker, reason: str) -> Iterable[Event]:
         if not worker.is_loaded:
             return
+        if not worker.budget.spend():
+            self.worn_out.add((worker.role, worker.index))
         self.failures.update(worker.ids)
         self.lone_failures.update(worker.ids if len(worker.ids) == 1 else ())
         self.open -= {each for each in worker.ids if self.failures[each] >= self._limit}

@@ -203,6 +203,9 @@ class SleepingFleet:
                 arrival = self._learner_free + self._workload.fetch_seconds * self._random.uniform(0.5, 1.5)
                 self._timers.at(arrival, partial(rollout.take_weights, self._version))
 
+    def excuse(self, role: str) -> None:
+        raise AssertionError("engines that sleep do not fail")
+
     def wait(self) -> list[Event]:
         self._before_wait()
         with self._in_engines():

@@ -60,6 +60,12 @@ def deliver(fleet: Any, slot: Slot) -> list[Any]:
     return list(fleet._hear_stream(stream))
 
 
+def give_up_an_input(fleet: Any, slot: Slot) -> None:
+    fleet._crew.of = lambda role: [slot] if role == slot.role else []
+    fleet.excuse("rollout")
+    fleet.excuse("teacher")
+
+
 ROLES = pytest.mark.parametrize(("role", "error"), [("rollout", RolloutError), ("teacher", TeacherError)])
 
 
@@ -89,3 +95,20 @@ def test_a_worker_that_delivers_after_each_restart_is_kept(role: str, error: typ
     lose(fleet, slot, clock)
     with pytest.raises(error):
         lose(fleet, slot, clock)
+
+
+@ROLES
+def test_restarts_for_an_input_that_is_given_up_do_not_count(role: str, error: type[Exception]) -> None:
+    """All within faults.window_seconds."""
+    clock = Clock()
+    fleet, slot = fleet_of(role, clock)
+    for _ in range(2):
+        fleet._lose(slot, "it died")
+    give_up_an_input(fleet, slot)
+    clock.now += 1.0
+    deliver(fleet, slot)
+    clock.now += 1.0
+    for _ in range(2):
+        fleet._lose(slot, "it died")
+    with pytest.raises(error):
+        fleet._lose(slot, "it died")

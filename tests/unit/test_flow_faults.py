@@ -148,6 +148,41 @@ def test_what_the_learner_is_lost_with_is_known(monkeypatch: pytest.MonkeyPatch)
     assert learning() == ["p2/0/0", "p2/0/1", "p3/0/0", "p3/0/1"]
 
 
+def scattered(role: str) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Two inputs of each batch kill the only worker of `role`, five batches one after the other."""
+    poison = [(role, f"p{8 * batch + place}/0/0") for batch in range(5) for place in (2, 3)]
+    return poison, {"rollout": {"prompts_per_step": 8, "samples_per_prompt": 1, "num_workers": 1}}
+
+
+@pytest.mark.parametrize("role", ["rollout", "teacher"])
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_inputs_that_kill_the_only_worker_do_not_use_up_its_restarts(role: str, is_deterministic: bool) -> None:
+    poison, sections = scattered(role)
+    config = make_config(**sections, run={"deterministic": is_deterministic})
+    run = Run(config, Script(poison=poison), 5).play()
+    run.check()
+    assert {(role, one) for one in run.quarantined} == {*poison}
+    assert len(poison) * 2 > config.faults.max_restarts and not run.fleet.worn_out
+
+
+@pytest.mark.parametrize("role", ["rollout", "teacher"])
+def test_restarts_for_inputs_are_excused_only_once_these_are_given_up(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScriptedFleet, "excuse", lambda *_: None)
+    poison, sections = scattered(role)
+    assert Run(make_config(**sections), Script(poison=poison), 5).play().fleet.worn_out == {(role, 0)}
+
+
+@pytest.mark.parametrize("role", ["rollout", "teacher"])
+def test_a_worker_that_fails_with_everything_is_not_excused(role: str) -> None:
+    """It gives up one input after the other, and delivers nothing."""
+    _, sections = scattered(role)
+    everything = [(role, f"p{prompt}/0/0") for prompt in range(8)]
+    run = Run(make_config(**sections), Script(poison=everything), 2).play()
+    assert set(run.quarantined) == {one for _, one in everything} and run.fleet.worn_out == {(role, 0)}
+
+
 def test_blame() -> None:
     blame = Blame(FaultsConfig(max_attempts=4))
     tasks = make_tasks(make_config()).draw()

@@ -147,6 +147,9 @@ class Losing(Fleet):
     def publish(self) -> None:
         self._events.append(Published(worker=0, version=self._version))
 
+    def excuse(self, role: str) -> None:
+        raise AssertionError("no input is given up")
+
     def wait(self) -> list[Event]:
         if self._is_lost:
             raise WorkerLostError("learner rank 0 is lost")

@@ -185,6 +185,26 @@ def test_a_restart_budget_forgets_what_is_long_ago_once_there_was_progress() -> 
     assert not RestartBudget(FaultsConfig(max_restarts=0)).spend()
 
 
+def test_a_restart_budget_forgets_what_an_input_may_have_done_once_there_was_progress() -> None:
+    now = 0.0
+    budget = RestartBudget(FaultsConfig(max_restarts=3, window_seconds=100.0), clock=lambda: now)
+    for when in (1.0, 3.0, 5.0):
+        now = when
+        assert budget.spend()
+        now += 1.0
+        if when < 5.0:
+            budget.progressed()
+    assert not budget.has_room
+    budget.excuse()
+    assert budget.has_room, "but for the last, all were before there was progress"
+    assert [budget.spend(), budget.spend(), budget.spend()] == [True, True, False]
+    now = 7.0
+    budget.progressed()
+    now = 8.0
+    assert budget.spend(), "progress after it was excused"
+    assert [budget.spend(), budget.spend(), budget.spend()] == [True, True, False]
+
+
 @pytest.mark.parametrize("seconds", [1.0, 120.0, 1e6])
 def test_restarts_without_progress_add_up_however_slowly_they_come(seconds: float) -> None:
     now = 0.0

@@ -169,6 +169,10 @@ class RayFleet:
             if slot.is_ready:
                 self._send_weights(slot)
 
+    def excuse(self, role: str) -> None:
+        for slot in self._crew.of(role):
+            slot.budget.excuse()
+
     def _send_weights(self, slot: Slot) -> None:
         """Not by way of the driver: the worker gets the learner's answer."""
         interrupt = self._config.pipeline.on_new_weights == "interrupt"

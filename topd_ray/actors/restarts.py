@@ -9,13 +9,14 @@ from topd_ray.config.schema import FaultsConfig
 
 
 class RestartBudget:
-    """At most `faults.max_restarts`: each is forgotten after `faults.window_seconds`, once there was progress since."""
+    """At most `faults.max_restarts`: each is forgotten after `faults.window_seconds`, or once an input is given up that
+    may have been the reason; but only if there was progress since."""
 
     def __init__(self, config: FaultsConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._clock = clock
         self._restarts: deque[float] = deque()
-        self._progressed_at = -math.inf
+        self._progressed_at = self._excused_at = -math.inf
         self.num_spent = 0
         """restarts of all time"""
 
@@ -23,10 +24,14 @@ class RestartBudget:
         """What was restarted has done some of its work."""
         self._progressed_at = self._clock()
 
+    def excuse(self) -> None:
+        """An input is given up, for which what is restarted may have failed so far."""
+        self._excused_at = self._clock()
+
     @property
     def has_room(self) -> bool:
         """Whether there may be another restart now."""
-        forgotten = min(self._window_start, self._progressed_at)
+        forgotten = min(max(self._window_start, self._excused_at), self._progressed_at)
         while self._restarts and self._restarts[0] <= forgotten:
             self._restarts.popleft()
         return len(self._restarts) < self._config.max_restarts

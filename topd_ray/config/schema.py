@@ -291,10 +291,10 @@ class FaultsConfig(Section):
     """What happens when workers, nodes or inputs fail."""
 
     max_restarts: Annotated[int, Field(ge=0)] = 5
-    """Restarts of one worker; one more ends the run. A restart counts for `window_seconds`, and for longer until there
-    is progress: trajectories that the rollout worker has written or the teacher guided since. A restart of the learner
-    takes all workers with it, and the run goes on from its last checkpoint; progress is then an update that this
-    process had not made before."""
+    """Restarts of one worker; one more ends the run. A restart counts for `window_seconds`, or until an input goes into
+    quarantine that may have been the reason; and for longer until there is progress: trajectories that the rollout
+    worker has written or the teacher guided since. A restart of the learner takes all workers with it, and the run goes
+    on from its last checkpoint; progress is then an update that this process had not made before."""
     window_seconds: Annotated[float, Field(gt=0.0)] = 600.0
     """See `max_restarts`."""
     stall_seconds: Annotated[float, Field(gt=0.0)] = 1800.0

@@ -30,6 +30,10 @@ class FlowFleet(Protocol):
         """Make every rollout worker serve the learner's policy (Published, one a worker)."""
         ...
 
+    def excuse(self, role: str) -> None:
+        """An input is given up with which workers of `role` failed: their restarts may have been for it."""
+        ...
+
     def wait(self) -> Sequence[Event]:
         """What has happened, after something has, or after a moment.
 

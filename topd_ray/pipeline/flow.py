@@ -256,13 +256,13 @@ class Flow:
         """What it was writing is drawn again, and what it wrote and no teacher has read, for that is lost with it."""
         self._gauges.count_restart("rollout")
         self._again([self._tasks[one] for one in self._guiding.remove_of(worker)])
-        self._again(self._fail(self._writing.lose(worker), reason))
+        self._again(self._fail("rollout", self._writing.lose(worker), reason))
 
     def _lose_teacher(self, teacher: int, reason: str) -> None:
         """It is asked again for what it was asked; what it guided and nobody has learnt from is drawn again."""
         self._gauges.count_restart("teacher")
         for chunk in self._guiding.lose(teacher):
-            left = self._fail([self._tasks[one] for one in chunk.trajectory_ids], reason)
+            left = self._fail("teacher", [self._tasks[one] for one in chunk.trajectory_ids], reason)
             if len(chunk.trajectory_ids) > 1 and any(map(self._blame.is_lone, left)):
                 self._again(left)  # each in a chunk of its own
             elif left:
@@ -292,12 +292,14 @@ class Flow:
             self._num_dropped += len(too_old)
             self._discard(too_old)
 
-    def _fail(self, tasks: Sequence[Task], reason: str) -> list[Task]:
+    def _fail(self, role: str, tasks: Sequence[Task], reason: str) -> list[Task]:
         """A worker failed with `tasks`; returns those that are to be tried again, the others are given up."""
         given_up = self._blame.put_on(tasks)
         for task in given_up:
             self._quarantined.append((task, reason))
             self._say(f"trajectory {task.trajectory_id} is given up: a worker fails whenever it has it: {reason}")
+        if given_up:
+            self._fleet.excuse(role)
         self._close(task.trajectory_id for task in given_up)
         return [task for task in tasks if task not in given_up]
 

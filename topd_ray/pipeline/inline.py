@@ -71,6 +71,9 @@ class InlineFleet:
     def publish(self) -> None:
         self._must_publish = True
 
+    def excuse(self, role: str) -> None:
+        """Nothing is restarted in one process."""
+
     def wait(self) -> list[Event]:
         if self._orders:
             return list(self._orders.popleft())
