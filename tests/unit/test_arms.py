@@ -65,6 +65,7 @@ def test_the_papers_arms(demo: TopdConfig, tmp_path: Path) -> None:
         "opd-high-cap-seed0": ("opd", "matched_high_ot"),
         "topd-seed0": ("topd", "none"),
         "topd-low-cap-seed0": ("topd", "low_ot"),
+        "topd-high-cap-seed0": ("topd", "matched_high_ot"),
     }
 
 
@@ -72,6 +73,7 @@ def test_the_sweep_is_relative_to_the_config(demo: TopdConfig) -> None:
     names = {arm.name for arm in sweep(demo)}
     assert {"lambda-0.03", "lambda-0.1", "lambda-1", "window-4", "window-16", "window-32"} <= names
     assert {"candidates-0.05", "candidates-0.2", "candidates-0.4"} <= names
+    assert {"identity-plan", "identity-window-4", "identity-window-16"} <= names
     (more,) = [arm for arm in sweep(demo) if arm.name == "opd-more-rollouts"]
     assert "rollout.prompts_per_step=115" in more.overrides, "64 x (1 + 0.1 x 8)"
 

@@ -34,6 +34,7 @@ _TOPD = ("objective.method=topd", "objective.cap=none")
 _POLICY_GRADIENT = ("objective.divergence=sampled_pg", "objective.kl_discount=0.0")
 _DISCOUNT = "objective.kl_discount=0.95"
 _TEACHER_CONTEXT = "near_future.guidance_context=teacher"
+_IDENTITY = "near_future.plan=identity"
 _RANDOM = "near_future.ranking=random"
 _ALL = "near_future.false_alarm_quantile=0"
 
@@ -43,8 +44,9 @@ ABLATION = (
     _arm("opd-high-cap", "OPD, real forks capped instead", "objective.method=opd", "objective.cap=matched_high_ot"),
     _arm(TOPD, "trajectory-aware", *_TOPD),
     _arm("topd-low-cap", "TOPD, false alarms capped", "objective.method=topd", "objective.cap=low_ot"),
+    _arm("topd-high-cap", "TOPD, real forks capped instead", "objective.method=topd", "objective.cap=matched_high_ot"),
 )
-"""Tables 1 and 2 of the paper, and TOPD with caps."""
+"""Tables 1 and 2 of the paper, and TOPD with both caps."""
 
 RESERVED = {
     *("run.seed", "run.name", "run.root", "run.resume", "run.steps"),
@@ -60,7 +62,7 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
     """OPD and TOPD as configured, TOPD with one field changed, and rivals that cost less or as much.
 
     Numbers are multiples of the config's own, so that the sweep makes sense on any pair: lambda x 1/10, 1/3, 10/3; the
-    window x 1/2, 2, 4; the share of candidates x 1/2, 2, 4.
+    window x 1/2, 2, 4, and x 1/2, 2 with the identity as plan; the share of candidates x 1/2, 2, 4.
     """
     arms = (
         _arm(OPD, "per-token distillation", *_OPD),
@@ -69,13 +71,15 @@ def sweep(config: TopdConfig) -> tuple[Arm, ...]:
         _topd("sampled-windows", "teacher windows drawn", "near_future.teacher_decoding=sample"),
         _topd("entropic", "entropic plans", "near_future.transport=entropic"),
         _topd("sum", "L_traj summed, not averaged", "objective.guidance_reduction=sum"),
-        _topd("identity-plan", "position i learns the teacher's i-th token", "near_future.plan=identity"),
+        _topd("identity-plan", "position i learns the teacher's i-th token", _IDENTITY),
+        *_identity_windows(config),
         _topd("random-candidates", "windows at random positions", _RANDOM),
         _topd("all-candidates", "no false alarms left out", _ALL),
         _topd("resampled-windows", "the student continues anew", "near_future.student_window=resample"),
         _topd("teacher-context", "the teacher's window after its own tokens", _TEACHER_CONTEXT),
         _topd("teacher-context-random", "the same at random positions", _TEACHER_CONTEXT, _RANDOM),
         _topd("teacher-context-all", "the same, no false alarms left out", _TEACHER_CONTEXT, _ALL),
+        _topd("teacher-context-anywhere", "the same, nothing selected at all", _TEACHER_CONTEXT, _RANDOM, _ALL),
         _more_rollouts(config),
         _opd("policy-gradient", "policy gradient on the sampled token", *_POLICY_GRADIENT),
         _opd("discounted-kl", "the same, with the later tokens' advantage", *_POLICY_GRADIENT, _DISCOUNT),
@@ -120,11 +124,23 @@ def _numbers(config: TopdConfig) -> Iterator[Arm]:
         value = f"{config.objective.guidance_weight * factor:.3g}"
         yield _topd(f"lambda-{value}", "weight of the guidance", f"objective.guidance_weight={value}")
     for factor in (0.5, 2.0, 4.0):
-        window = max(1, round(near_future.window * factor))
+        window = _window(config, factor)
         yield _topd(f"window-{window}", "tokens of a window (K)", f"near_future.window={window}")
     for factor in (0.5, 2.0, 4.0):
         value = f"{min(1.0, near_future.candidate_fraction * factor):.3g}"
         yield _topd(f"candidates-{value}", "share of candidates", f"near_future.candidate_fraction={value}")
+
+
+def _identity_windows(config: TopdConfig) -> Iterator[Arm]:
+    """What transport adds may depend on the length of the windows."""
+    for factor in (0.5, 2.0):
+        window = _window(config, factor)
+        overrides = (_IDENTITY, f"near_future.window={window}")
+        yield _topd(f"identity-window-{window}", "the identity, another K", *overrides)
+
+
+def _window(config: TopdConfig, factor: float) -> int:
+    return max(1, round(config.near_future.window * factor))
 
 
 def _more_rollouts(config: TopdConfig) -> Arm:
