@@ -85,8 +85,14 @@ def test_multiples_that_are_the_same_number_are_one_arm(demo: TopdConfig) -> Non
 
 def test_a_refused_study_leaves_its_folder_to_the_next(demo: TopdConfig, tmp_path: Path) -> None:
     out = tmp_path / "ablation"
-    for wrong in ("run.steps=null", "data.train=nowhere.jsonl"):
-        with pytest.raises(ConfigError):
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    for wrong, message in {
+        "run.steps=null": "run.steps",
+        "data.train=nowhere.jsonl": "data.train",
+        "teacher.model=topd_ray/demo/worded_pair/teacher": "vocabular",
+        f"data.heldout={tmp_path}/heldout.jsonl": "prompt 1 has the answer None",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
             compare_arms("ablation", overridden(demo, [wrong]), out, print, command="")
         assert not out.exists()
 

@@ -12,7 +12,7 @@ from topd_ray.studies.comparison.arms import ABLATION
 from topd_ray.studies.comparison.learning import Floats, Learning, Point, read_learning
 from topd_ray.studies.comparison.report import draw, order_notes, tables
 from topd_ray.studies.comparison.study import compare
-from topd_ray.studies.statistics import bootstrap_crossed
+from topd_ray.studies.statistics import bootstrap_crossed, coverage_of_seeds
 
 NUM_PROMPTS = 300
 SEEDS = range(5)
@@ -113,20 +113,40 @@ def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(seed_spread:
     assert 0.85 <= held / 200 <= 1.0
 
 
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_few_seeds_promise_less_than_95_percent_and_that_is_known(num_seeds: int) -> None:
+    rng = np.random.default_rng(2)
+    held = 0
+    for index in range(1000):
+        seeds_S = rng.standard_normal(num_seeds)
+        found = bootstrap_crossed(np.tile(seeds_S[:, None], 2), seed=index)
+        assert found.low is not None and found.high is not None
+        held += found.low <= 0.0 <= found.high
+    assert held / 1000 == pytest.approx(coverage_of_seeds(num_seeds), abs=0.05)
+
+
 def test_a_table_without_prompts_is_refused() -> None:
     with pytest.raises(DataError, match=r"shape \(5, 0\), want seeds x prompts"):
         bootstrap_crossed(np.zeros((5, 0)))
 
 
-def test_equal_tokens_is_where_the_shortest_run_ended(opd: list[Floats]) -> None:
+def test_equal_tokens_is_where_the_shortest_run_of_arm_and_opd_ended(opd: list[Floats]) -> None:
     arms = {
         "opd": {seed: learning(opd[seed], 1000) for seed in SEEDS},
         "topd": {seed: learning(opd[seed], 1600) for seed in SEEDS},
+        "topd-low-cap": {seed: learning(opd[seed], 600 if seed == 1 else 900) for seed in SEEDS},
+        "opd-low-cap": {seed: learning(opd[seed], 2400) for seed in SEEDS},
     }
-    figures = compare(ABLATION, arms, paper={})
-    assert figures["equal_tokens"] == 1000
-    found = figures["arms"]["topd"]["minus"]["opd"]["equal_tokens"]
-    assert found["value"] == pytest.approx(-0.375 * np.mean(opd)), "the longer run had 1000 of 1600 tokens by then"
+    found = {name: row.get("equal_tokens") for name, row in compare(ABLATION, arms, paper={})["arms"].items()}
+    assert found["opd"]["tokens"] == 1000 and found["opd"]["minus_opd"] is None
+    assert found["topd"]["tokens"] == 1000 and found["topd-low-cap"]["tokens"] == 600
+    difference = found["topd"]["minus_opd"]
+    assert difference["value"] == pytest.approx(-0.375 * np.mean(opd)), "the longer run had 1000 of 1600 tokens by then"
+    longest = [0.6 if seed == 1 else 600 / 900 for seed in SEEDS]
+    assert found["topd-low-cap"]["minus_opd"]["value"] == pytest.approx(
+        np.mean([(1.0 if seed == 1 else longest[seed]) * opd[seed].mean() - 0.6 * opd[seed].mean() for seed in SEEDS])
+    )
+    assert found["opd-low-cap"] is None, "its first evaluation on the way is at 1200 tokens"
     with pytest.raises(DataError, match="found 1001 trained tokens, right would be 0 to 1000"):
         learning(opd[0], 1000).at(1001)
 
@@ -146,7 +166,8 @@ def test_the_tables_and_the_pictures(opd: list[Floats], tmp_path: Path) -> None:
         "seeds above": "5 of 5",
         "paper": "52.2",
     }
-    assert [row[0] for row in work.rows] == ["opd", "topd"] and work.rows[0][4] == "1,000"
+    assert [row[0] for row in work.rows] == ["opd", "topd"]
+    assert work.rows[0][:6] == ("opd", "1,000", f"{100 * np.mean(opd):.1f}", "-", "-", "1,000")
     (against_topd,) = others.rows
     assert against_topd[0] == "opd" and against_topd[1].startswith(f"{-100 * found['value']:+.1f} [-")
     assert against_topd[2] == "0 of 5"
@@ -185,7 +206,8 @@ def test_a_run_folder_is_placed_on_updates_tokens_and_seconds(tmp_path: Path) ->
     assert [one.marks_P.tolist() for one in found.curve] == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert found.sampled_before_P.tolist() == [0, 0, 0.5] and found.sampled_after_P.tolist() == [0, 0.5, 1]
     assert (found.scored_tokens, found.num_windows, found.teacher) == (80, 20, 1.0)
-    assert found.at(65).tolist() == [0, 1, 0.5]
+    assert found.at(65).tolist() == [0, 1, 0.5] and found.at(40).tolist() == [0, 1, 0]
+    assert found.at(39) is None, "a straight line from the untrained student tells nothing"
 
 
 def test_a_run_folder_with_missing_updates_is_refused(tmp_path: Path) -> None:

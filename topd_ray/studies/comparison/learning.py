@@ -54,16 +54,22 @@ class Learning:
     capped: float
     """share of trained tokens that a cap was meant for, in 0..1"""
 
-    def at(self, tokens: float) -> Floats:
-        """`marks_P` at a number of trained tokens, linear between the evaluations around it."""
+    def at(self, tokens: float) -> Floats | None:
+        """`marks_P` at a number of trained tokens, linear between the evaluations around it.
+
+        None before the first evaluation on the way: from the untrained student on, its bend is not known.
+        """
         if not self.curve[0].tokens <= tokens <= self.curve[-1].tokens:
             raise DataError(
                 f"found {tokens:g} trained tokens, right would be {self.curve[0].tokens} to {self.curve[-1].tokens}"
             )
-        after = next(index for index, point in enumerate(self.curve) if point.tokens >= tokens)
-        if after == 0:
-            return self.curve[0].marks_P
-        left, right = self.curve[after - 1], self.curve[after]
+        index = next(index for index, point in enumerate(self.curve) if point.tokens >= tokens)
+        right = self.curve[index]
+        if right.tokens == tokens:
+            return right.marks_P
+        if index == 1:
+            return None
+        left = self.curve[index - 1]
         share = (tokens - left.tokens) / (right.tokens - left.tokens)
         return (1.0 - share) * left.marks_P + share * right.marks_P
 

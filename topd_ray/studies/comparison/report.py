@@ -29,11 +29,14 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
     )
     learnt = {name: row for name, row in rows.items() if name != START}
     work = Table(
-        title=f"Greedy pass@1 (%) once {figures['equal_tokens']:,} tokens are trained on, and the work of all updates",
-        columns=("arm", "pass@1", "- OPD", "seeds above", "trained tokens", "scored tokens", "windows", "capped", "s"),
+        title="Greedy pass@1 (%) at equal trained tokens, and the work of all updates",
+        columns=(
+            *("arm", "at tokens", "pass@1", "- OPD", "seeds above"),
+            *("trained tokens", "scored tokens", "windows", "capped", "s"),
+        ),
         rows=[
             (
-                *(name, *_against(row, "equal_tokens", OPD)),
+                *(name, *_at_equal_tokens(row["equal_tokens"])),
                 *(f"{row[key]:,.0f}" for key in ("trained_tokens", "scored_tokens", "windows")),
                 f"{100 * row['capped']:.1f} %",
                 f"{row['update_seconds']:,.0f}",
@@ -116,14 +119,21 @@ def _looks(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _against(row: Mapping[str, Any], measure: str, other: str) -> tuple[str, str, str]:
     """pass@1, the paired difference to `other` with its interval, and how many of the seeds have more than it."""
-    if measure not in row["pass_at_1"]:
-        return "-", "-", "-"
     value = _percent(row["pass_at_1"][measure]["value"])
-    found = row["minus"].get(other, {}).get(measure)
+    return value, *_difference(row["minus"].get(other, {}).get(measure))
+
+
+def _at_equal_tokens(found: Mapping[str, Any] | None) -> tuple[str, str, str, str]:
     if found is None:
-        return value, "-", "-"
+        return "-", "-", "-", "-"
+    return f"{found['tokens']:,}", _percent(found["pass_at_1"]["value"]), *_difference(found["minus_opd"])
+
+
+def _difference(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
     interval = "" if found["low"] is None else f" [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-    return value, f"{100 * found['value']:+.1f}{interval}", f"{found['seeds_above']} of {found['n']}"
+    return f"{100 * found['value']:+.1f}{interval}", f"{found['seeds_above']} of {found['n']}"
 
 
 def _percent(share: float | None, scale: float = 100.0) -> str:
