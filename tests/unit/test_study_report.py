@@ -16,16 +16,25 @@ from topd_ray.studies.tables import Table, shown
 TABLE = Table(title="Distances", columns=("positions", "ours", "paper"), rows=[("high | loss", "0.5", "0.566")])
 
 
-def save(folder: Path, study: str, commits: tuple[str, ...] = ("abc",)) -> None:
+def save(
+    folder: Path,
+    study: str,
+    commits: tuple[str, ...] = ("abc",),
+    seconds: float = 120.0,
+    examples: tuple[dict[str, str], ...] = (),
+) -> None:
     save_results(
         folder,
         Results(
             study=study,
             command=f"topd {study} jobs/demo.yaml",
             seeds=(0, 1),
-            seconds=120.0,
+            seconds=seconds,
             commits=commits,
-            figures={"median": Interval(value=0.5, low=None, high=None, n=3).to_json()},
+            figures={
+                "median": Interval(value=0.5, low=None, high=None, n=3).to_json(),
+                **({"examples": examples} if examples else {}),
+            },
             tables=[TABLE],
             pictures=["scatter.png"],
             notes=["too few positions for an interval: 3"],
@@ -74,6 +83,32 @@ def test_the_page_says_whose_rows_are_of_another_commit(tmp_path: Path) -> None:
         save(tmp_path / name / "probe", "probe", commits)
         write_report(tmp_path / name, tmp_path / f"{name}.md")
         assert text in (tmp_path / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(21.4, "21 seconds on"), (119.0, "119 seconds on"), (150, "2 minutes on")]
+)
+def test_a_short_study_took_seconds(tmp_path: Path, seconds: float, text: str) -> None:
+    save(tmp_path / "probe", "probe", seconds=seconds)
+    write_report(tmp_path, tmp_path / "results.md")
+    assert f"seeds 0, 1, {text}" in (tmp_path / "results.md").read_text()
+
+
+def test_the_page_links_examples_and_misses_them(tmp_path: Path) -> None:
+    folder = tmp_path / "studies" / "probe"
+    save(folder, "probe", examples=({"sort": "real fork"},))
+    with pytest.raises(ConfigError, match=r"found no examples\.md; right would be a folder in which a study ended"):
+        write_report(tmp_path / "studies", tmp_path / "docs" / "results.md")
+    (folder / "examples.md").touch()
+    write_report(tmp_path / "studies", tmp_path / "docs" / "results.md")
+    assert "[Near futures to read](../studies/probe/examples.md)" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_the_committed_page_is_that_of_the_committed_studies(tmp_path: Path) -> None:
+    """Otherwise `topd study report` was forgotten after a study, or a reading of it, had changed."""
+    (tmp_path / "studies").symlink_to(Path("studies").resolve())
+    write_report(tmp_path / "studies", tmp_path / "docs" / "results.md")
+    assert (tmp_path / "docs" / "results.md").read_text() == Path("docs/results.md").read_text()
 
 
 def test_no_study_and_a_torn_one_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from topd_ray.studies.results import RESULTS, load_results
 from topd_ray.studies.tables import Table
 
 READING = "reading.md"
-"""Beside results.json: what a person concludes from the figures, put below them as it is."""
+"""Beside results.json: what a person concludes from the figures, put above them as it is."""
+EXAMPLES = "examples.md"
+"""Beside results.json of a study whose figures hold `examples`: those to read; the page links it."""
 ORDER = ("probe", "local-correction", "ablation", "sweep")
 _HEAD = """# Results
 
@@ -27,8 +29,8 @@ their size.
 def write_report(studies: Path, page: Path) -> list[Path]:
     """Write `page` from the studies below the folder; returns those in it.
 
-    Raises ConfigError where there are none, for results or pictures that are not there whole, and for a page that
-    cannot be written.
+    Raises ConfigError where there are none, for results, pictures or examples that are not there whole, and for a page
+    that cannot be written.
     """
     folders = sorted((path.parent for path in studies.glob(f"*/{RESULTS}")), key=_place)
     if not folders:
@@ -55,12 +57,19 @@ def _section(folder: Path, document: Mapping[str, Any], link: str) -> str:
     for table in document["tables"]:
         lines += [Table.from_json(table).markdown(), ""]
     for name in document["pictures"]:
-        if not (folder / name).exists():
-            raise ConfigError(f"{folder}: found no {name}; right would be a folder in which a study ended, whole")
+        _check_there(folder, name)
         lines += [f"![{folder.name}: {Path(name).stem}]({link}/{name})", ""]
+    if document["figures"].get("examples"):
+        _check_there(folder, EXAMPLES)
+        lines += [f"[Near futures to read]({link}/{EXAMPLES})", ""]
     if document["notes"]:
         lines += [*(f"- {note}" for note in document["notes"]), ""]
     return "\n".join([*lines, _provenance(document), ""])
+
+
+def _check_there(folder: Path, name: str) -> None:
+    if not (folder / name).exists():
+        raise ConfigError(f"{folder}: found no {name}; right would be a folder in which a study ended, whole")
 
 
 def _provenance(document: Mapping[str, Any]) -> str:
@@ -71,9 +80,13 @@ def _provenance(document: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "none")
     return (
         f"`{document['command']}`, {_commits(document)}, seeds {', '.join(map(str, seeds))}, "
-        f"{document['seconds'] / 60:.0f} minutes on {machine['cores']} cores of {place}; "
+        f"{_duration(document['seconds'])} on {machine['cores']} cores of {place}; "
         f"student `{config['student']['model']}`, teacher `{config['teacher']['model']}`; {packages}."
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _commits(document: Mapping[str, Any]) -> str:
