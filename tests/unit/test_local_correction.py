@@ -372,9 +372,58 @@ def test_too_few_points_are_said_and_get_no_interval(config: TopdConfig, point: 
     counts = Counts(num_trajectories=9, num_candidates=12, num_cut=2, threshold=0.1)
     notes = notes_of(config, points, counts, figures["targets"])
     assert [note for note in notes if note.startswith("No more than 3 of 200 points")]
-    assert [note for note in notes if note.startswith("No intervals: 3 points")]
+    assert [note for note in notes if note.startswith("No intervals: 3 points of 3 prompts, and an interval needs 20")]
     assert [note for note in notes if note.startswith("2 candidates left out")]
     draw_picture(tmp_path / "few.png", rows, figures, 1.0)
+
+
+def with_prompts(points: list[Point], num: int) -> list[Point]:
+    """The same points, of `num` prompts only."""
+    trajectories = [replace(one.window.trajectory, prompt_id=f"p{index % num}") for index, one in enumerate(points)]
+    return [
+        replace(point, window=replace(point.window, trajectory=one))
+        for point, one in zip(points, trajectories, strict=True)
+    ]
+
+
+ARMS_LEFT = {BEFORE: 0.5, "opd": 0.4, "topd": 0.2, "identity": 0.3, "teacher_context": 0.1}
+COUNTS = Counts(num_trajectories=40, num_candidates=90, num_cut=0, threshold=0.1)
+
+
+def test_many_points_of_few_prompts_have_no_interval_and_that_is_said(config: TopdConfig, point: Point) -> None:
+    points, rows = made(point, {arm: [left] * 40 for arm, left in ARMS_LEFT.items()})
+    points = with_prompts(points, 15)
+    figures = figures_of(points, rows, [1.0, 2.0], 1.0)
+    assert figures["rollout"].low is None and (figures["num_points"], figures["num_prompts"]) == (40, 15)
+    notes = notes_of(config, points, COUNTS, figures["targets"])
+    said = "No intervals: 40 points of 15 prompts, and an interval needs 20 prompts."
+    assert [note for note in notes if "interval" in note] == [said]
+
+
+def test_a_group_of_few_prompts_has_no_interval_and_that_is_said(config: TopdConfig, point: Point) -> None:
+    """25 harmless points and 25 choices of 5 prompts."""
+    points, rows = made(point, {arm: [left] * 50 for arm, left in ARMS_LEFT.items()})
+    points = [replace(one, label="harmless") for one in points[:25]] + [
+        replace(one, label="choice") for one in with_prompts(points[25:], 5)
+    ]
+    figures = figures_of(points, rows, [1.0, 2.0], 1.0)
+    assert figures["labels"]["choice"]["opd"].low is None and figures["labels"]["harmless"]["opd"].low is not None
+    notes = notes_of(config, points, COUNTS, figures["targets"])
+    said = 'No intervals for "choice" (25 points of 5 prompts): an interval needs 20 prompts.'
+    assert [note for note in notes if "interval" in note] == [said]
+
+
+def test_windows_within_which_the_response_ended_are_counted(config: TopdConfig, point: Point) -> None:
+    points, _ = made(point, {"opd": [0.5] * 3})
+    whole = points[0].window.trajectory
+    short = replace(whole, response_ids=whole.response_ids[:4], behaviour_logprobs=whole.behaviour_logprobs[:4])
+    ended = [replace(points[0], window=replace(points[0].window, trajectory=short)), *points[1:]]
+    targets = targets_of(points)
+    said, before = (
+        [note for note in notes_of(config, some, COUNTS, targets) if note.startswith("The response ends")]
+        for some in (ended, points)
+    )
+    assert len(said) == 1 and not before and said[0].startswith("The response ends within the window of 1 of 3 points")
 
 
 @pytest.mark.parametrize("field", ["near_future.guidance_context=teacher", "near_future.student_window=resample"])

@@ -103,6 +103,7 @@ def figures_of(points: Sequence[Point], rows: Sequence[Row], rates: Sequence[flo
     clusters = clusters_of(points)
     figures: dict[str, Any] = {
         "num_points": len(points),
+        "num_prompts": num_prompts_of(points),
         "rollout": bootstrap(_mean, [point.distance for point in points], clusters=clusters),
         "teacher_again": bootstrap(_mean, [point.teacher_again for point in points], clusters=clusters),
         "targets": targets_of(points),
@@ -177,6 +178,15 @@ def clusters_of(points: Sequence[Point]) -> NDArray[np.int64]:
     """[P], the number of each point's prompt."""
     prompts = [point.window.trajectory.prompt_id for point in points]
     return np.unique(prompts, return_inverse=True)[1].astype(np.int64)
+
+
+def num_prompts_of(points: Sequence[Point]) -> int:
+    return len({point.window.trajectory.prompt_id for point in points})
+
+
+def num_ended(points: Sequence[Point], window: int) -> int:
+    """Points within whose window the response ends, so that it has fewer tokens."""
+    return sum(point.window.trajectory.num_response_tokens < window for point in points)
 
 
 def _of_rate(left: Mapping[str, Floats], clusters: NDArray[np.int64]) -> dict[str, Interval]:
@@ -270,11 +280,32 @@ def notes_of(config: TopdConfig, points: Sequence[Point], counts: Counts, target
     ]
     if len(points) < study.num_points:
         notes.append(f"No more than {len(points)} of {study.num_points} points were found.")
-    if len(points) < FEWEST:
-        notes.append(f"No intervals: {len(points)} points, and fewer than {FEWEST} promise too much.")
+    notes += _without_intervals(points)
     if counts.num_cut:
         notes.append(f"{counts.num_cut} candidates left out: the length limit cuts their window short.")
+    if ended := num_ended(points, config.near_future.window):
+        notes.append(
+            f"The response ends within the window of {ended} of {len(points)} points; such windows count with the "
+            "tokens they have."
+        )
     return notes
+
+
+def _without_intervals(points: Sequence[Point]) -> list[str]:
+    """One note, on all points or on the groups that are of too few prompts; none where there are enough."""
+    num_prompts = num_prompts_of(points)
+    if num_prompts < FEWEST:
+        return [f"No intervals: {len(points)} points of {num_prompts} prompts, and an interval needs {FEWEST} prompts."]
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        for name in filter(None, (point.label, point.lengths)):
+            groups.setdefault(name, []).append(point)
+    thin = [
+        f'"{name}" ({len(own)} points of {num} prompts)'
+        for name, own in sorted(groups.items())
+        if (num := num_prompts_of(own)) < FEWEST
+    ]
+    return [f"No intervals for {', '.join(thin)}: an interval needs {FEWEST} prompts."] if thin else []
 
 
 def draw_picture(path: Path, rows: Sequence[Row], figures: Mapping[str, Any], rate: float) -> None:

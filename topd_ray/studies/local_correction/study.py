@@ -45,6 +45,7 @@ from topd_ray.studies.local_correction.figures import (
     draw_picture,
     figures_of,
     notes_of,
+    num_ended,
     tables_of,
 )
 from topd_ray.studies.local_correction.points import (
@@ -277,6 +278,7 @@ def _conclude(
 ) -> Results:
     rate, rates = learning_rates(config)
     figures: dict[str, Any] = figures_of(points, rows, rates, rate)
+    figures["num_ended"] = num_ended(points, config.near_future.window)
     tables = tables_of(figures, rate, config.near_future.window)
     draw_picture(folder / PICTURE, rows, figures, rate)
     results = Results(
