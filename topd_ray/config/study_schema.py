@@ -15,7 +15,8 @@ class ProbeConfig(Section):
     trajectories_per_part: PositiveInt = 32
     """Rollouts that are drawn, looked at and kept together; an interruption loses no more than one such part."""
     num_examples: PositiveInt = 8
-    """Most striking false alarms, and real forks, written out to read."""
+    """Most striking false alarms, and real forks, written out to read; where it is known what a mismatch means, up to 3
+    errors that the distance misses as well."""
 
 
 class LocalCorrectionConfig(Section):
@@ -25,8 +26,8 @@ class LocalCorrectionConfig(Section):
     num_points: PositiveInt = 200
     """Real divergent points, each corrected from the same weights."""
     points_per_trajectory: PositiveInt = 1
-    """Points taken from one trajectory, at most. More need fewer rollouts, and tell less by themselves: intervals take
-    points as independent."""
+    """Points taken from one trajectory, at most. More need fewer rollouts, and tell less by themselves: intervals
+    resample prompts, of which there are then fewer."""
     num_updates: PositiveInt = 5
     """Updates on the window of a point (the paper's M)."""
     num_redraws: PositiveInt = 4
