@@ -17,8 +17,10 @@ from topd_ray.engines.look_ahead import compare_windows
 from topd_ray.errors import DataError
 from topd_ray.objective import unit_embeddings
 from topd_ray.studies.labelling import find_labeller
+from topd_ray.studies.probe.columns import Probed
 from topd_ray.studies.probe.examples import Example, examples_page, find_examples
-from topd_ray.studies.probe.figures import Figures, Probed, false_alarm_share, find_figures
+from topd_ray.studies.probe.figures import Figures, false_alarm_share, find_figures
+from topd_ray.studies.probe.notes import notes_of
 from topd_ray.studies.probe.report import tables
 from topd_ray.studies.probe.rows import SCHEMA, choose_positions, coarse_entropy, position_costs
 from topd_ray.studies.results import claim_folder
@@ -99,7 +101,7 @@ def test_a_token_that_the_teacher_rules_out_is_left_out_of_pearson_and_said() ->
     found = figures_of(rows)
     assert found.pearson["high"].n == 30 and found.spearman["high"].n == 31
     assert math.isfinite(found.pearson["all"].value) and math.isfinite(found.spearman["all"].value)
-    assert any(note.startswith("1 positions hold a token that the teacher rules out") for note in found.notes)
+    assert any(note.startswith("1 positions hold a token that the teacher rules out") for note in notes_of(found))
 
 
 def test_short_rollouts_and_cut_windows_are_counted_and_count() -> None:
@@ -123,7 +125,9 @@ def test_short_rollouts_and_cut_windows_are_counted_and_count() -> None:
     assert counts["positions"] == {"high": 2, "random": 1, "low": 2} and counts["response_tokens"] == 85
     assert found.median_distance["low"].value == pytest.approx(0.3), "cut windows are among the figures"
     assert found.full_windows is None, "no random position has a full window"
-    assert found.notes[0].startswith("1 of 3 rollouts are shorter than a window of 8 tokens; 4 of 5 windows are cut")
+    notes = notes_of(found)
+    assert notes[0].startswith("1 of 3 rollouts are shorter than a window of 8 tokens; 4 of 5 windows are cut")
+    assert "No figures of full windows: found none of random, low loss; right would be longer responses." in notes
 
 
 def test_full_windows_alone_stand_beside() -> None:
@@ -142,17 +146,55 @@ def test_full_windows_alone_stand_beside() -> None:
 
 def test_too_few_prompts_for_an_interval_are_said_and_not_computed() -> None:
     few, enough = figures_of(prompts(19)), figures_of(prompts(20))
-    assert any(note.startswith("No intervals: 19 prompts") for note in few.notes)
+    assert any(note.startswith("No intervals: 19 prompts") for note in notes_of(few))
     assert few.median_distance["high"].low is None and few.false_alarm_share.low is None
-    assert not any("No intervals" in note for note in enough.notes)
+    assert not any("No intervals" in note for note in notes_of(enough))
     assert enough.median_distance["high"].low is not None and enough.spearman["all"].low is not None
+
+
+def test_resamples_without_a_low_loss_row_are_left_out_and_thin_columns_are_said() -> None:
+    """Of 30 prompts 3 have a low-loss position with a full window, and one in 25 resamples draws none of these."""
+    rows = [
+        {**one, "position": 33 if one["kind"] == "low" and int(one["prompt_id"][1:]) >= 3 else one["position"]}
+        for one in map(dict, prompts(30))
+    ]
+    found = figures_of(rows)
+    full = found.full_windows
+    assert full is not None and full.counts["positions"] == {"high": 30, "random": 30, "low": 3}
+    assert full.false_alarm_share.low is not None and full.low_quartile.low is None
+    (note,) = [note for note in notes_of(found) if note.startswith("No interval")]
+    assert note == (
+        "No interval where fewer than 20 prompts have such positions, or half of the resamples leave a figure "
+        "undefined: full windows low quartile; full windows median distance low; full windows mean distance low; "
+        "full windows zero share low."
+    )
+    assert not np.isfinite([false_alarm_share(np.ones(2), one) for one in (np.ones(2), np.zeros(2))]).any()
+
+
+def test_full_windows_of_few_prompts_are_said_as_a_whole_with_notes_of_their_own() -> None:
+    rows = [
+        {**one, "position": 33 + int(one["position"]), "distance": 0.3 + float(one["distance"])}
+        if int(one["prompt_id"][1:]) >= 5
+        else {**one, "distance": 0.0 if one["kind"] == "low" else one["distance"]}
+        for one in map(dict, prompts(30))
+    ]
+    notes = notes_of(figures_of(rows))
+    assert [note.endswith("full windows (5 prompts).") for note in notes if note.startswith("No interval")] == [True]
+    assert sum("low-loss distances of full windows is 0" in note for note in notes) == 1
+    assert not any("low-loss distances is 0" in note for note in notes)
+
+
+def test_losses_that_are_all_infinite_stop_nothing() -> None:
+    found = figures_of([{**one, "loss": math.inf} if one["kind"] == "high" else one for one in prompts(25)])
+    assert math.isnan(found.pearson["high"].value) and found.pearson["high"].n == 0
+    assert found.pearson["random"].low is not None
 
 
 def test_identical_low_loss_futures_make_the_papers_share_empty_and_that_is_said() -> None:
     rows = [one if one["kind"] != "low" else {**one, "distance": 0.0} for one in prompts(5)]
     found = figures_of(rows)
     assert found.false_alarm_share.value == 0.0
-    assert any("upper quartile of the low-loss distances is 0" in note for note in found.notes)
+    assert any("upper quartile of the low-loss distances is 0" in note for note in notes_of(found))
     rows_of_table = {row[0]: (row[1], row[-1]) for row in tables(found)[0].rows}
     assert rows_of_table["false alarms among high-loss positions"] == ("-", "29.23 %")
 
@@ -192,6 +234,65 @@ def test_detection_by_hand() -> None:
     assert found["auc"]["loss"].value == 1.0
     assert found["auc"]["distance"].value == pytest.approx(12 / 15)
     assert found["auc"]["position_cost"].value == pytest.approx(3 / 15)
+
+
+def test_false_alarms_are_crossed_with_labels() -> None:
+    """Low-loss distances up to 0.5, their upper quartile: below it an error and two harmless mismatches."""
+    figures = figures_of(labelled(), "near_future.false_alarm_quantile=0.12")
+    assert figures.detection is not None
+    alarms, unguided = figures.detection["false_alarms"], figures.detection["unguided"]
+    assert alarms["labels"] == {"harmless": 2, "choice": 0, "error": 1, "undecided": 0}
+    assert alarms["harmless"].value == pytest.approx(2 / 3)
+    assert unguided["labels"] == {"harmless": 1, "choice": 0, "error": 1, "undecided": 0}
+    assert unguided["harmless"].value == pytest.approx(1 / 2)
+    shown = dict(row[:2] for row in tables(figures)[1].rows)
+    assert (shown["harmless at or below it"], shown["harmless among false alarms"]) == ("50.0 %", "66.7 %")
+
+
+def test_each_label_has_its_own_areas_and_losses() -> None:
+    rows = [{**one, "loss": 2.5 if one["loss"] == 8 else one["loss"]} for one in labelled()]  # a choice below a wording
+    found = figures_of(rows)
+    detection = found.detection
+    assert detection is not None
+    assert detection["auc_of"]["choice"]["distance"].value == 1.0
+    assert detection["auc_of"]["choice"]["loss"].value == pytest.approx(5 / 6)
+    assert detection["auc_of"]["error"]["distance"].value == pytest.approx(6 / 9)
+    assert detection["auc_of"]["error"]["loss"].value == 1.0
+    assert {key: one.value for key, one in detection["loss_quantiles"]["error"].items()} == {
+        "0.05": 5.0,
+        "0.5": 6.0,
+        "0.95": 9.0,
+    }
+    _, of_forks, losses = tables(found)
+    assert dict(row[:2] for row in of_forks.rows)["AUC of loss, choice against harmless"] == "0.833"
+    assert losses.columns == ("", "positions", "5 %", "50 %", "95 %")
+    assert [row[:3] for row in losses.rows] == [
+        ("harmless", "3", "1.000"),
+        ("choice", "2", "2.500"),
+        ("error", "3", "5.000"),
+    ]
+
+
+def test_labels_have_intervals_and_a_label_of_few_prompts_is_said() -> None:
+    """30 prompts with a harmless mismatch that is near and cheap, 10 of them with a choice that is far and dear."""
+    rows = prompts(30)
+    rows = [one if one["kind"] != "high" else {**one, "label": "harmless", "distance": 0.01} for one in rows]
+    of = [(f"p{index}", f"p{index}/0/0") for index in range(10)]
+    rows += [
+        row("high", 99.0, 0.95, prompt_id=prompt, trajectory_id=name, position=5, label="choice") for prompt, name in of
+    ]
+    found = figures_of(rows)
+    detection = found.detection
+    assert detection is not None
+    assert detection["unguided"]["harmless"].low == detection["false_alarms"]["harmless"].high == 1.0
+    assert detection["auc_of"]["choice"]["loss"].low == 1.0
+    assert detection["loss_quantiles"]["harmless"]["0.5"].low is not None
+    (note,) = [note for note in notes_of(found) if note.startswith("No interval")]
+    assert note.split("undefined: ")[1].split("; ") == [
+        "detection loss quantiles choice",
+        "full windows detection loss quantiles choice",
+        "unequal windows loss quantiles choice.",
+    ]
 
 
 def test_windows_of_unequal_length_are_detected_by_themselves() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import rankdata
 
-from topd_ray.studies.probe.figures import Probed
+from topd_ray.studies.probe.columns import Probed
 from topd_ray.studies.statistics import Floats
 from topd_ray.types import Trajectory
 

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from topd_ray.studies.pictures import BLUE, GREY, RED, picture
-from topd_ray.studies.probe.figures import BIN, DECIDED, Figures, Probed
+from topd_ray.studies.probe.columns import Probed
+from topd_ray.studies.probe.detection import DECIDED
+from topd_ray.studies.probe.figures import BIN, Figures
 from topd_ray.studies.probe.rows import KINDS
 
 COLOURS = {"high": RED, "random": GREY, "low": BLUE}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from topd_ray.studies.probe.detection import LOSS_QUANTILES
 from topd_ray.studies.probe.figures import PAPER, Figures
 from topd_ray.studies.probe.rows import KINDS
 from topd_ray.studies.tables import Table, shown
@@ -33,7 +34,7 @@ def tables(figures: Figures) -> list[Table]:
             "unequal windows": figures.unequal_detection,
         }
         rows = {name: _detection_rows(one) if one else None for name, one in columns.items()}
-        found.append(_table(f"Detection of forks: {labels}", rows))
+        found += [_table(f"Detection of forks: {labels}", rows), _loss_table(detection)]
     return found
 
 
@@ -75,5 +76,24 @@ def _detection_rows(detection: Mapping[str, Any]) -> dict[str, str]:
         "threshold of the distance": shown(detection["threshold"]),
         "precision above it": shown(detection["precision"], "%"),
         "recall above it": shown(detection["recall"], "%"),
+        "harmless at or below it": shown(detection["unguided"]["harmless"], "%"),
+        "harmless among false alarms": shown(detection["false_alarms"]["harmless"], "%"),
         **{f"AUC of {score.replace('_', ' ')}": shown(value) for score, value in detection["auc"].items()},
+        **{
+            f"AUC of {score}, {label} against harmless": shown(value)
+            for label, areas in detection["auc_of"].items()
+            for score, value in areas.items()
+        },
     }
+
+
+def _loss_table(detection: Mapping[str, Any]) -> Table:
+    return Table(
+        title="Token loss of high-loss positions by label (nats)",
+        columns=("", "positions", *(f"{one * 100:g} %" for one in LOSS_QUANTILES)),
+        rows=[
+            (label, str(detection["labels"][label]), *map(shown, quantiles.values()))
+            for label, quantiles in detection["loss_quantiles"].items()
+            if quantiles
+        ],
+    )

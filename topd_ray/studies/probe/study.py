@@ -20,18 +20,20 @@ from topd_ray.pipeline.plan import Say
 from topd_ray.studies.futures import Distances, open_teacher
 from topd_ray.studies.labelling import find_labeller
 from topd_ray.studies.parts import Parts
+from topd_ray.studies.probe.columns import Probed
 from topd_ray.studies.probe.examples import examples_page, find_examples
-from topd_ray.studies.probe.figures import PAPER, Probed, find_figures
+from topd_ray.studies.probe.figures import PAPER, find_figures
+from topd_ray.studies.probe.notes import notes_of
 from topd_ray.studies.probe.pictures import draw_pictures
 from topd_ray.studies.probe.report import tables
 from topd_ray.studies.probe.rows import SCHEMA, Prober, loss_of
+from topd_ray.studies.report import EXAMPLES
 from topd_ray.studies.results import Results, claim_folder, save_results
 from topd_ray.studies.rollouts import Rollouts, first_requests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EXAMPLES = "examples.md"
 UNRELATED = (
     *("run.name", "run.root", "run.steps", "run.epochs", "run.resume", "run.checkpoint_every", "run.keep_checkpoints"),
     *("data.heldout", "data.arithmetic.num_heldout"),
@@ -116,7 +118,7 @@ def _conclude(
         figures={**figures.to_json(), "paper": PAPER, "examples": [one.to_json() for one in examples]},
         tables=tables(figures),
         pictures=draw_pictures(out, probed, figures),
-        notes=figures.notes,
+        notes=notes_of(figures),
         config=dump_config(config),
     )
     save_results(out, results)
