@@ -376,6 +376,38 @@ def test_examples_are_the_most_striking_one_a_prompt() -> None:
     assert (found[0].prefix, found[0].student, found[0].teacher) == ("klabd"[:2] + "ab", "bc", "d")
 
 
+def test_examples_agree_with_their_labels_and_contradictions_stand_by_themselves() -> None:
+    decided = [  # as near as 0.4 by the quantile that follows
+        (9.0, 0.10, "error"),
+        (8.0, 0.20, "harmless"),
+        (7.0, 0.30, "harmless"),
+        (6.0, 0.40, "choice"),
+        (9.5, 0.60, "harmless"),
+        (9.2, 0.90, "error"),
+        (9.3, 0.95, "error"),
+        (2.0, 0.70, "choice"),
+    ]
+    rows = [
+        row("high", loss, distance, prompt_id=f"p{i}", trajectory_id=f"p{i}/0/0", position=2, label=label)
+        for i, (loss, distance, label) in enumerate(decided)
+    ]
+    table = pa.Table.from_pylist([*rows, row("low", 0.0, 0.0), row("random", 0.0, 0.0)], schema=SCHEMA)
+    of = {f"p{index}/0/0": trajectory(f"p{index}") for index in range(8)}
+    found = find_examples(table, Probed.of(table), 0.45, 2, of, str)
+    assert [(one.sort, one.label, one.distance) for one in found] == [
+        ("false alarm", "harmless", pytest.approx(0.2)),
+        ("false alarm", "harmless", pytest.approx(0.3)),
+        ("real fork", "error", pytest.approx(0.95)),
+        ("real fork", "choice", pytest.approx(0.7)),
+        ("missed error", "error", pytest.approx(0.1)),
+    ]
+    page = examples_page(found)
+    assert (
+        page.index("## False alarms\n") < page.index("### 2. ") < page.index("## Real forks\n") < page.index("### 3. ")
+    )
+    assert page.index("near by distance, and an error all the same") < page.index("### 5. Missed error: loss 9.00 nats")
+
+
 def trajectory(prompt_id: str) -> Trajectory:
     return Trajectory(
         trajectory_id=f"{prompt_id}/0/0",
