@@ -18,7 +18,7 @@ from topd_ray.pipeline.checkpoint import write_whole
 from topd_ray.pipeline.plan import Say, load_heldout
 from topd_ray.studies.comparison.arms import ABLATION, OPD, PAPER, START, TOPD, Arm, chosen, sweep
 from topd_ray.studies.comparison.learning import Floats, Learning, read_learning
-from topd_ray.studies.comparison.report import draw, order_notes, tables
+from topd_ray.studies.comparison.report import draw, paper_notes, tables
 from topd_ray.studies.comparison.runs import StudyRun, carry_out, plan_runs
 from topd_ray.studies.results import CONFIG, Results, claim_folder, save_results
 from topd_ray.studies.statistics import FEWEST_SEEDS, bootstrap_crossed, coverage_of_seeds
@@ -87,7 +87,7 @@ def report(
         tables=tables(figures),
         pictures=draw(figures, folder),
         notes=[
-            *(order_notes(figures) if study == "ablation" else []),
+            *(paper_notes(figures) if study == "ablation" else []),
             *_notes(arms, learnings, config.studies.arms.runs_at_once),
             *([f"no finished run of {'; '.join(missing)}"] if missing else []),
         ],
