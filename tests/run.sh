@@ -25,11 +25,10 @@ if [[ ${1:-} == tests ]]; then
     if (($#)); then
         step "pytest" "$BIN/python" -m pytest --durations=15 "$@"
     else  # side by side: whole runs wait for their processes to start half of the time
-        moved=(tests/system/test_own_pair.py tests/system/test_resume.py)  # so that both sides take as long
         log=$(mktemp)
-        "$BIN/python" -m pytest -m "not long" --durations=20 "${moved[@]}" tests/unit tests/integration >"$log" 2>&1 &
+        "$BIN/python" -m pytest -m "not long" --durations=20 tests/unit tests/integration >"$log" 2>&1 &
         others=$!
-        step "pytest, runs" "$BIN/python" -m pytest -m "not long" --durations=20 tests/system "${moved[@]/#/--ignore=}"
+        step "pytest, runs" "$BIN/python" -m pytest -m "not long" --durations=20 tests/system
         step "pytest, others" wait "$others"
         cat "$log" && rm "$log"
     fi

@@ -85,6 +85,7 @@ def test_multiples_that_are_the_same_number_are_one_arm(demo: TopdConfig) -> Non
 
 def test_a_refused_study_leaves_its_folder_to_the_next(demo: TopdConfig, tmp_path: Path) -> None:
     out = tmp_path / "ablation"
+    demo = overridden(demo, ["studies.arms={seeds: [0], only: [topd]}"])
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "1 + 1"}\n')
     for wrong, message in {
         "run.steps=null": "run.steps",

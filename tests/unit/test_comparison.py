@@ -123,12 +123,12 @@ def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(seed_spread:
 def test_few_seeds_promise_less_than_95_percent_and_that_is_known(num_seeds: int) -> None:
     rng = np.random.default_rng(2)
     held = 0
-    for index in range(1000):
+    for index in range(400):
         seeds_S = rng.standard_normal(num_seeds)
         found = bootstrap_crossed(np.tile(seeds_S[:, None], 2), seed=index)
         assert found.low is not None and found.high is not None
         held += found.low <= 0.0 <= found.high
-    assert held / 1000 == pytest.approx(coverage_of_seeds(num_seeds), abs=0.05)
+    assert held / 400 == pytest.approx(coverage_of_seeds(num_seeds), abs=0.06)
 
 
 def test_a_table_without_prompts_is_refused() -> None:

@@ -1,5 +1,6 @@
 """How work is shared out, what a driver message weighs, and what does not fit a machine."""
 
+import itertools
 import random
 from typing import Any
 
@@ -45,10 +46,21 @@ def test_ranks_differ_by_less_than_one_trajectory(lengths: list[int], num_ranks:
     loads = [sum(cost(one.num_sequence_tokens) for one in share) for share in shares]
     longest = max(cost(one.num_sequence_tokens) for one in items)
     assert max(loads) - min(loads) <= longest * (1 + 1e-9)
-    assert max(loads) <= 4 / 3 * max(longest, sum(loads) / num_ranks) + longest / 3
     assert min(len(share) for share in shares) >= min(1, len(items) // num_ranks)
     seed.shuffle(items)
     assert balance_ranks(items, num_ranks) == shares
+
+
+@given(lengths=st.lists(st.integers(1, 20_000), min_size=1, max_size=6), num_ranks=st.integers(1, 3))
+def test_the_largest_share_is_at_most_four_thirds_of_the_best_possible_one(lengths: list[int], num_ranks: int) -> None:
+    items = [item(i, length) for i, length in enumerate(lengths)]
+    costs = [cost(one.num_sequence_tokens) for one in items]
+    largest = max(sum(cost(one.num_sequence_tokens) for one in share) for share in balance_ranks(items, num_ranks))
+    best = min(
+        max(sum(one for one, rank in zip(costs, ranks, strict=True) if rank == mine) for mine in range(num_ranks))
+        for ranks in itertools.product(range(num_ranks), repeat=len(items))
+    )
+    assert largest <= 4 / 3 * best * (1 + 1e-9)
 
 
 def test_one_long_trajectory_outweighs_many_short_ones() -> None:
