@@ -71,7 +71,7 @@ class Failure:
 def plan_runs(path: Path, config: TopdConfig, arms: Sequence[Arm], root: Path) -> list[StudyRun]:
     """The runs of a study: all arms with the first seed, then with the next.
 
-    `path` is where `config` will be, but for studies.arms, which no run reads.
+    `path` is where `config` will be, but for `studies`, which no run reads.
 
     Raises ConfigError, before anything runs, for an arm that the config does not allow, for a run folder of another
     config, where run.steps or data.heldout is unset, and for a seed that is there twice.
