@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bench.loss_problem import SPEC, Problem, Shape, naive
+from bench.report import Row
 from topd_ray.objective import LossSpec
 
 SHAPES = {"": Shape(2048, 32768, 512), "_large_vocabulary": Shape(512, 151936, 512)}
@@ -36,11 +37,11 @@ LIGER_CHUNKS = (256, 1024)
 THREADS = 2
 
 
-def measure() -> list[dict[str, Any]]:
+def measure() -> list[Row]:
     """One row per comparison and shape, ratio = ours / peer: median of the paired ratios, [smallest, largest]."""
     liger = liger_loss()
     torch.set_num_threads(THREADS)
-    rows = []
+    rows: list[Row] = []
     for suffix, shape in SHAPES.items():
         rows += [{**row, "name": row["name"] + suffix} for row in _measure_shape(shape, liger)]
     return rows
@@ -55,7 +56,7 @@ def liger_loss() -> Any:
     return LigerFusedLinearJSDLoss
 
 
-def _measure_shape(shape: Shape, liger: Any) -> list[dict[str, Any]]:
+def _measure_shape(shape: Shape, liger: Any) -> list[Row]:
     problem = Problem(shape)
     compiled = torch.compile(naive, dynamic=False)
     sides: dict[str, Callable[[], Any]] = {
@@ -74,9 +75,11 @@ def _measure_shape(shape: Shape, liger: Any) -> list[dict[str, Any]]:
     torch_version = f"torch {torch.__version__}"
     return [
         _memory_row(shape, torch_version),
-        _row("loss_time_vs_liger", against_liger, "liger", 0.8, f"liger-kernel {version('liger-kernel')}, {setting}"),
-        {**_row("loss_time_vs_compiled_naive", seconds, "compiled", 1.0, torch_version), "floor": floor},
-        _row("guidance_overhead", seconds, "opd", 1.03, "topd_ray, method opd"),
+        ratio_row(
+            "loss_time_vs_liger", against_liger, "liger", 0.8, f"liger-kernel {version('liger-kernel')}, {setting}"
+        ),
+        {**ratio_row("loss_time_vs_compiled_naive", seconds, "compiled", 1.0, torch_version), "floor": floor},
+        ratio_row("guidance_overhead", seconds, "opd", 1.03, "topd_ray, method opd"),
     ]
 
 
@@ -91,7 +94,8 @@ def in_turns(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return seconds
 
 
-def _row(name: str, seconds: Mapping[str, list[float]], peer: str, goal: float, peer_version: str) -> dict[str, Any]:
+def ratio_row(name: str, seconds: Mapping[str, list[float]], peer: str, goal: float | None, peer_version: str) -> Row:
+    """The seconds of `ours` against those of `peer`, pair by pair."""
     ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds[peer], strict=True)]
     return {
         "name": name,
@@ -106,7 +110,7 @@ def _row(name: str, seconds: Mapping[str, list[float]], peer: str, goal: float, 
     }
 
 
-def _memory_row(shape: Shape, torch_version: str) -> dict[str, Any]:
+def _memory_row(shape: Shape, torch_version: str) -> Row:
     """Autograd's peak comes in two sizes at random, an [N, V] tensor apart: the naive loss gets the smaller one."""
     ours = extra_bytes(shape, "ours")
     peers = [extra_bytes(shape, "naive") for _ in range(MEMORY_REPEATS)]

@@ -15,11 +15,11 @@ from topd_ray.errors import WeightSyncError
 from topd_ray.weights.broadcast import BroadcastChannel
 from topd_ray.weights.bundle import Named, WeightsBundle
 from topd_ray.weights.checksum import fingerprint
-from topd_ray.weights.group import Group
+from topd_ray.weights.group import Backend, Group
 
-TIMEOUT = 8.0
-"""Of which a worker that hangs may take a quarter."""
-SECONDS = 30.0
+TIMEOUTS: dict[Backend, float] = {"gloo": 8.0, "nccl": 40.0}
+"""Of which a worker that hangs may take a quarter, and NCCL some seconds to make a group."""
+SECONDS = 60.0
 NUM_PIECES = 12
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -31,16 +31,27 @@ def tensors(version: int) -> list[Named]:
     return [(f"layer.{i}", torch.randn(2**18, generator=generator)) for i in range(NUM_PIECES)]
 
 
-def open_end(timeout_seconds: float = TIMEOUT) -> BroadcastChannel:
-    return BroadcastChannel(address="127.0.0.1", num_workers=2, chunk_bytes=2**20, timeout_seconds=timeout_seconds)
+def open_end(backend: Backend, timeout_seconds: float | None = None) -> BroadcastChannel:
+    """An end of a channel. Before its first NCCL group this process says that it is on a host of its own.
+
+    NCCL does not let two processes of one host share a GPU, and takes hosts at their word.
+    """
+    os.environ.update(NCCL_HOSTID=str(os.getpid()), NCCL_SOCKET_IFNAME="lo")
+    return BroadcastChannel(
+        backend=backend,
+        address="127.0.0.1",
+        num_workers=2,
+        chunk_bytes=2**20,
+        timeout_seconds=timeout_seconds or TIMEOUTS[backend],
+    )
 
 
-def work(asked: Connection) -> None:
+def work(asked: Connection, backend: Backend) -> None:
     """Fetch the bundles that are asked for, and say what came.
 
     If told to, `die` or `stop` before the fourth piece, or `fail` in every round.
     """
-    channel = open_end()
+    channel = open_end(backend)
     broadcast = Group.broadcast
     while True:
         bundle, order = asked.recv()
@@ -66,9 +77,9 @@ def work(asked: Connection) -> None:
 class Worker:
     """One of them, seen from the learner's process."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._end, other = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=work, args=(other,), daemon=True)
+        self._process = CONTEXT.Process(target=work, args=(other, backend), daemon=True)
         self._process.start()
 
     def ask(self, bundle: WeightsBundle, order: str = "") -> None:

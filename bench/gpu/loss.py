@@ -1,26 +1,37 @@
-"""The fused TOPD loss on one GPU: torch path, Triton path, the naive loss and the naive loss under torch.compile.
+"""The fused TOPD loss on one GPU against the naive loss (eager and under torch.compile) and Liger's fused JSD.
 
     python -m bench.gpu.loss [--tokens N] [--vocabulary V] [--width D] [--repeats R]
 
 bfloat16, forward and backward on the same tensors, the sides in turns, seconds by the clock with the device
-synchronised. Memory is the allocator's peak beyond the inputs and the gradients that must be returned. The floor is
-three bare products (6 N V D operations). A side that cannot run is left out, with its reason. Writes
+synchronised; ours is `learner.loss_kernel: triton` where Triton is installed. Memory is the allocator's peak beyond
+the inputs and the gradients that must be returned. Liger as in `bench.loss`, the fastest of `LIGER`. The
+floor is three bare products (6 N V D operations). A side that cannot run is left out, with its reason. Writes
 bench/results/gpu_loss.json.
 """
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bench.loss import in_turns, liger_loss, ratio_row
 from bench.loss_problem import Problem, Shape, naive
-from bench.report import save
+from bench.report import Row, save
 from topd_ray.objective import LossSpec
+
+LIGER = (
+    {"compiled": True, "chunk_size": 1024},
+    {"compiled": True, "chunk_size": 4096},
+    {"compiled": False, "chunk_size": 1024},
+)
+"""Its defaults come first."""
+Losses = dict[str, Callable[[], Tensor]]
 
 
 def main() -> None:
@@ -37,7 +48,7 @@ def main() -> None:
 
 
 def measure(problem: Problem, repeats: int) -> dict[str, Any]:
-    """Values, seconds, memory and ratios of all sides that run."""
+    """The rows, and values, seconds and memory of all sides that run."""
     losses, skipped = _losses(problem)
     values: dict[str, float] = {}
     memory: dict[str, int] = {}
@@ -49,46 +60,58 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
             skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             del losses[name]
             torch.cuda.empty_cache()
-    steps: dict[str, Callable[[], Any]] = {
-        name: (lambda loss=loss: problem.step(loss()))  # type: ignore[misc]
-        for name, loss in losses.items()
-    }
-    steps["floor"] = problem.floor
     problem.floor()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
+    steps = {name: partial(_step, problem, loss) for name, loss in losses.items()}
+    seconds = in_turns({**steps, "floor": problem.floor}, repeats)
     return {
+        "rows": _rows(seconds, memory),
         "values": values,
         "skipped": skipped,
         "seconds": {name: statistics.median(found) for name, found in seconds.items()},
         "seconds_spread": {name: [min(found), max(found)] for name, found in seconds.items()},
-        "over_compiled": _over("compiled", seconds),
-        "over_floor": _over("floor", seconds),
         "extra_megabytes": {name: found / 1e6 for name, found in memory.items()},
-        "memory_over_naive": {name: found / memory["naive"] for name, found in memory.items() if "naive" in memory},
         "floor_operations": problem.shape.floor_operations,
         "shape": [problem.shape.tokens, problem.shape.vocabulary, problem.shape.width],
     }
 
 
-def _losses(problem: Problem) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    compiled = torch.compile(naive)
+def _step(problem: Problem, loss: Callable[[], Tensor]) -> float:
+    return problem.step(loss())
+
+
+def _losses(problem: Problem) -> tuple[Losses, dict[str, str]]:
+    kernel: Literal["torch", "triton"] = "triton" if find_spec("triton") else "torch"
+    compiled = torch.compile(naive, dynamic=False)
     arguments = (problem.hidden, problem.head, problem.batch)
-    losses: dict[str, Callable[[], Tensor]] = {
+    losses: Losses = {
+        "ours": lambda: problem.ours(LossSpec(kernel=kernel)),
         "torch": lambda: problem.ours(LossSpec(kernel="torch")),
+        "opd": lambda: problem.ours(LossSpec(method="opd", kernel=kernel)),
         "naive": lambda: naive(*arguments, **problem.counts),
     }
-    if find_spec("triton") is None:
-        missing = "Triton is not installed"
-        return losses, {"triton": missing, "triton_opd": missing, "compiled": missing}
-    losses["triton"] = lambda: problem.ours(LossSpec(kernel="triton"))
-    losses["triton_opd"] = lambda: problem.ours(LossSpec(kernel="triton", method="opd"))
-    losses["compiled"] = lambda: compiled(*arguments, **problem.counts)
-    return losses, {}
+    skipped: dict[str, str] = {}
+    if kernel == "triton":
+        losses["compiled"] = lambda: compiled(*arguments, **problem.counts)
+    else:
+        skipped["compiled"] = "Triton is not installed"
+    try:
+        losses |= _liger_losses(problem)
+    except RuntimeError as error:
+        skipped["liger"] = str(error)
+    return losses, skipped
+
+
+def _liger_losses(problem: Problem) -> Losses:
+    liger = liger_loss()
+    options: dict[str, Any] = {"device": problem.device, "dtype": problem.hidden.dtype}
+    teacher = [torch.randn(rows, 8, **options) for rows in (problem.shape.tokens, problem.shape.vocabulary)]
+    labels = torch.zeros(problem.shape.tokens, dtype=torch.long, device=problem.device)  # none is to be ignored
+    losses: Losses = {}
+    for setting in LIGER:
+        module = liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, **setting)
+        name = f"liger {'compiled' if setting['compiled'] else 'eager'}, chunks of {setting['chunk_size']}"
+        losses[name] = partial(module, problem.hidden, problem.head, *teacher, labels)
+    return losses
 
 
 def _peak(problem: Problem, loss: Callable[[], Tensor]) -> tuple[float, int]:
@@ -101,14 +124,36 @@ def _peak(problem: Problem, loss: Callable[[], Tensor]) -> tuple[float, int]:
     return value, torch.cuda.max_memory_allocated() - before - returned
 
 
-def _over(peer: str, seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median of the paired ratios of all sides to one."""
-    if peer not in seconds:
-        return {}
-    return {
-        name: statistics.median(ours / theirs for ours, theirs in zip(found, seconds[peer], strict=True))
-        for name, found in seconds.items()
-    }
+def _rows(seconds: Mapping[str, list[float]], memory: Mapping[str, int]) -> list[Row]:
+    """Ours against each peer that ran."""
+    peer_of_torch = f"torch {torch.__version__}"
+    ligers = [name for name in seconds if name.startswith("liger ")]
+    rows: list[Row] = []
+    if "naive" in memory:
+        ratio = memory["ours"] / memory["naive"]
+        rows.append(
+            Row(
+                name="gpu_loss_memory_vs_naive",
+                ours=memory["ours"] / 1e6,
+                peer=memory["naive"] / 1e6,
+                peer_version=peer_of_torch,
+                unit="MB",
+                ratio=ratio,
+                goal=0.1,
+                repeats=1,
+                spread=[ratio, ratio],
+            )
+        )
+    if ligers:
+        fastest = min(ligers, key=lambda name: statistics.median(seconds[name]))
+        peer = f"liger-kernel {version('liger-kernel')}, {fastest.removeprefix('liger ')}"
+        rows.append(ratio_row("gpu_loss_time_vs_liger", seconds, fastest, 0.8, peer))
+    if "compiled" in seconds:
+        rows.append(ratio_row("gpu_loss_time_vs_compiled_naive", seconds, "compiled", 1.0, peer_of_torch))
+    rows.append(ratio_row("gpu_guidance_overhead", seconds, "opd", 1.03, "topd_ray, method opd"))
+    rows.append(ratio_row("gpu_loss_time_vs_torch_path", seconds, "torch", None, "topd_ray, kernel torch"))
+    floor = statistics.median(seconds["floor"])
+    return [{**row, "floor": floor} if row["unit"] == "s" else row for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights by broadcast between processes, over gloo: workers come, go, die and hang in the middle of it."""
+"""Weights by broadcast between processes, over gloo and NCCL: workers come, go, die and hang in the middle of it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,28 +6,41 @@ from dataclasses import replace
 
 import pytest
 
-from tests.weight_worker import TIMEOUT, Worker, open_end, tensors
+from tests.weight_worker import TIMEOUTS, Worker, open_end, tensors
 from topd_ray.errors import WeightSyncError
 from topd_ray.weights.broadcast import BroadcastChannel
 from topd_ray.weights.bundle import WeightsBundle
 from topd_ray.weights.checksum import fingerprint
+from topd_ray.weights.group import Backend
 from topd_ray.weights.rounds import GATHER_SECONDS, PAUSE_SECONDS
 
 SLACK = 3.0
 """Seconds that a busy machine may add."""
 
 
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    found: Backend = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def learner() -> BroadcastChannel:
-    return open_end()
+def limit(backend: Backend) -> float:
+    """Longest wait inside of a round (seconds)."""
+    return TIMEOUTS[backend] / 4
+
+
+@pytest.fixture(scope="module")
+def learner(backend: Backend) -> BroadcastChannel:
+    return open_end(backend)
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[[], Worker]]:
+def make(backend: Backend) -> Iterator[Callable[[], Worker]]:
     made: list[Worker] = []
 
     def make() -> Worker:
-        made.append(Worker())
+        made.append(Worker(backend))
         return made[-1]
 
     yield make
@@ -64,8 +77,8 @@ def test_workers_that_stay_keep_their_group_and_others_get_one(learner, make):
         assert generation(learner) == groups[0] + 2
 
 
-@pytest.mark.parametrize(("order", "limit"), [("die", 0.0), ("fail", TIMEOUT / 4), ("stop", TIMEOUT / 4)])
-def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, make, order, limit):
+@pytest.mark.parametrize("order", ["die", "fail", "stop"])
+def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, make, backend, limit, order):
     lost, other = make(), make()
     assert served([lost, other], learner.send(1, tensors(1)))
     bundle = learner.send(2, tensors(2))
@@ -73,37 +86,38 @@ def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, m
     other.ask(bundle)
     found, seconds = other.answer()
     assert found == bundle.checksum
-    assert seconds < limit + PAUSE_SECONDS + SLACK
+    notices_at_once = order == "die" and backend == "gloo"
+    assert seconds < (0.0 if notices_at_once else limit) + PAUSE_SECONDS + SLACK
     assert served([other], learner.send(3, tensors(3)))
 
 
-def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make):
+def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make, limit):
     lost, other = make(), make()
     old, before = learner.send(1, tensors(1)), generation(learner)
     lost.ask(old, "stop")
     other.ask(old)
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + 4 * limit
     while generation(learner) == before:
         assert time.monotonic() < deadline, "no round was begun"
         time.sleep(0.01)
     time.sleep(0.5)
     started = time.monotonic()
     new = learner.send(2, tensors(2))
-    assert time.monotonic() - started < TIMEOUT / 8
+    assert time.monotonic() - started < 1.0
     found, seconds = other.answer()
     assert found is None, "it is told that a newer version has overtaken what it could not receive"
-    assert TIMEOUT / 4 - 1.0 < seconds < TIMEOUT / 4 + GATHER_SECONDS + PAUSE_SECONDS + SLACK
+    assert limit - 1.0 < seconds < limit + GATHER_SECONDS + PAUSE_SECONDS + SLACK
     assert served([other], new)
 
 
-def test_an_altered_version_and_a_learner_that_does_not_answer(learner):
+def test_an_altered_version_and_a_learner_that_does_not_answer(learner, backend):
     bundle = learner.send(2, tensors(2))
     (first, *others) = bundle.content.parcels
     foreign = replace(first, fingerprint=replace(first.fingerprint, checksum=first.fingerprint.checksum ^ 1))
-    worker = open_end()
+    worker = open_end(backend)
     with pytest.raises(WeightSyncError, match="chunk 0 of version 2 of the weights was altered on its way"):
         worker.fetch(replace(bundle, content=replace(bundle.content, parcels=(foreign, *others))))
     assert fingerprint(worker.fetch(bundle).tensors).checksum == bundle.checksum
     nowhere = replace(bundle, content=replace(bundle.content, desk=replace(bundle.content.desk, port=1)))
     with pytest.raises(WeightSyncError, match=r"the learner at 127\.0\.0\.1:1 did not .* weights\.timeout_seconds=1 s"):
-        open_end(timeout_seconds=1.0).fetch(nowhere)
+        open_end(backend, timeout_seconds=1.0).fetch(nowhere)

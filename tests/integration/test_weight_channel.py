@@ -65,6 +65,13 @@ def channel() -> ObjectStoreChannel:
     return ObjectStoreChannel(LocalStore(), chunk_bytes=CHUNK_BYTES)
 
 
+def broadcast() -> BroadcastChannel:
+    """Both ends of it: NCCL would not have them in one process."""
+    return BroadcastChannel(
+        backend="gloo", address="127.0.0.1", num_workers=1, chunk_bytes=CHUNK_BYTES, timeout_seconds=60.0
+    )
+
+
 def tokens(engine: RolloutEngine) -> Tokens:
     return {one.trajectory_id: one.response_ids.tolist() for one in engine.generate(make_requests(6))}
 
@@ -80,7 +87,7 @@ def any_channel(request: pytest.FixtureRequest, channel: ObjectStoreChannel) -> 
     """Both ends of it."""
     if request.param == "object_store":
         return channel
-    return BroadcastChannel(address="127.0.0.1", num_workers=1, chunk_bytes=CHUNK_BYTES, timeout_seconds=60.0)
+    return broadcast()
 
 
 def parcels_of(bundle: WeightsBundle) -> Parcels:
@@ -171,7 +178,7 @@ def test_a_torn_version_leaves_the_engine_as_it_was(engine, weights, channel, ca
 
 
 def test_an_altered_broadcast_leaves_the_engine_as_it_was(engine, weights):
-    channel = BroadcastChannel(address="127.0.0.1", num_workers=1, chunk_bytes=CHUNK_BYTES, timeout_seconds=60.0)
+    channel = broadcast()
     first = tokens(engine)
     whole = channel.send(6, weights[1].items())
     *others, last = whole.content.parcels

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from topd_ray.weights.bundle import Delivery, Named, WeightsBundle
 from topd_ray.weights.chunks import Chunk, Entry
+from topd_ray.weights.group import Backend
 from topd_ray.weights.parcels import Parcels, bundle_of, delivery_of
 from topd_ray.weights.rounds import Desk, Octets, Receiver, Sender
 
@@ -51,8 +50,11 @@ class BroadcastChannel:
 
     staging_device = "cpu"
 
-    def __init__(self, *, address: str, num_workers: int, chunk_bytes: int, timeout_seconds: float) -> None:
-        """`address` is this node's, where the others reach it."""
+    def __init__(
+        self, *, backend: Backend, address: str, num_workers: int, chunk_bytes: int, timeout_seconds: float
+    ) -> None:
+        """`address` is this node's, where the others reach it. The sender's `backend` counts."""
+        self._backend = backend
         self._address = address
         self._num_workers = num_workers
         self._chunk_bytes = chunk_bytes
@@ -65,7 +67,7 @@ class BroadcastChannel:
         if self._sender is None:
             self._sender = Sender(
                 address=self._address,
-                backend="nccl" if torch.cuda.is_available() else "gloo",
+                backend=self._backend,
                 num_workers=self._num_workers,
                 timeout_seconds=self._timeout_seconds,
             )

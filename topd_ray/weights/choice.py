@@ -1,5 +1,7 @@
 """The channel that the config names."""
 
+import torch
+
 from topd_ray.config.schema import WeightsConfig
 from topd_ray.errors import ConfigError
 from topd_ray.weights.broadcast import BroadcastChannel
@@ -21,6 +23,7 @@ def open_channel(weights: WeightsConfig, store: ObjectStore, *, num_workers: int
         return IpcChannel()
     if weights.channel == "broadcast":
         return BroadcastChannel(
+            backend="nccl" if torch.cuda.is_available() else "gloo",
             address=store.node_address(),
             num_workers=num_workers,
             chunk_bytes=weights.chunk_bytes,
