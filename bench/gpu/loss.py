@@ -85,6 +85,7 @@ def _losses(problem: Problem) -> tuple[Losses, dict[str, str]]:
     arguments = (problem.hidden, problem.head, problem.batch)
     losses: Losses = {
         "ours": lambda: problem.ours(LossSpec(kernel=kernel)),
+        "ours, chunks of 2048": lambda: problem.ours(LossSpec(kernel=kernel, chunk_tokens=2048)),
         "torch": lambda: problem.ours(LossSpec(kernel="torch")),
         "opd": lambda: problem.ours(LossSpec(method="opd", kernel=kernel)),
         "naive": lambda: naive(*arguments, **problem.counts),

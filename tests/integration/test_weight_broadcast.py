@@ -14,8 +14,8 @@ from topd_ray.weights.checksum import fingerprint
 from topd_ray.weights.group import Backend
 from topd_ray.weights.rounds import GATHER_SECONDS, PAUSE_SECONDS
 
-SLACK = 3.0
-"""Seconds that a busy machine may add."""
+SLACK: dict[Backend, float] = {"gloo": 3.0, "nccl": 10.0}
+"""Seconds that a busy machine may add, and NCCL for its next group."""
 
 
 @pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
@@ -87,11 +87,11 @@ def test_a_worker_that_fails_in_the_middle_holds_up_no_other_for_long(learner, m
     found, seconds = other.answer()
     assert found == bundle.checksum
     notices_at_once = order == "die" and backend == "gloo"
-    assert seconds < (0.0 if notices_at_once else limit) + PAUSE_SECONDS + SLACK
+    assert seconds < (0.0 if notices_at_once else limit) + PAUSE_SECONDS + SLACK[backend]
     assert served([other], learner.send(3, tensors(3)))
 
 
-def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make, limit):
+def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make, backend, limit):
     lost, other = make(), make()
     old, before = learner.send(1, tensors(1)), generation(learner)
     lost.ask(old, "stop")
@@ -106,7 +106,7 @@ def test_a_worker_that_hangs_does_not_hold_up_the_learner(learner, make, limit):
     assert time.monotonic() - started < 1.0
     found, seconds = other.answer()
     assert found is None, "it is told that a newer version has overtaken what it could not receive"
-    assert limit - 1.0 < seconds < limit + GATHER_SECONDS + PAUSE_SECONDS + SLACK
+    assert limit - 1.0 < seconds < limit + GATHER_SECONDS + PAUSE_SECONDS + SLACK[backend]
     assert served([other], new)
 
 

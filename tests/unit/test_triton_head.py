@@ -51,7 +51,8 @@ def results(dtype: torch.dtype, spec: LossSpec, seed: int, **arguments: Any) -> 
     case = Case(seed, dtype)
     capped = torch.arange(N) % 5 == 0 if spec.divergence != "sampled_pg" else None
     batch = case.batch(4, capped, torch.linspace(0.0, 2.0, N))
-    batch = type(batch)(**{name: getattr(batch, name).to(DEVICE) for name in batch.__slots__})
+    fields = {name: getattr(batch, name) for name in batch.__slots__}
+    batch = type(batch)(**{name: None if one is None else one.to(DEVICE) for name, one in fields.items()})
     padding = torch.full((3, case.head.shape[1]), 100.0)
     head = torch.cat([case.head.detach(), padding.to(dtype)]).to(DEVICE).requires_grad_()
     hidden = case.hidden.detach().to(DEVICE).requires_grad_()

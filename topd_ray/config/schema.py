@@ -257,8 +257,8 @@ class LearnerConfig(Section):
     """Tokens whose logits exist at once while the loss is computed; unset, an eighth of a micro-batch's, at most 1,024,
     or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more."""
     loss_kernel: Literal["torch", "triton"] = "torch"
-    """What reads and writes these logits: torch, or on a GPU Triton kernels (compared with torch in Triton's
-    interpreter, but never yet run on a GPU)."""
+    """What reads and writes these logits: torch, or on a GPU Triton kernels, which took half the time for the same loss
+    on one H200 (bench/README.md); no whole run with them has been seen there."""
 
     @property
     def micro_batch_budget(self) -> int:
@@ -312,9 +312,9 @@ class WeightsConfig(Section):
 
     channel: Literal["object_store", "broadcast", "ipc"] = "object_store"
     """`object_store`: through Ray's object store, anywhere; `broadcast`: from the learner to all rollout workers at
-    once, with gloo where `resources.gpus_per_learner` and `gpus_per_rollout` are 0, with NCCL (never yet run) where
-    they are at least 1; `ipc`: through the memory of the one GPU that Ray has and that the learner and all rollout
-    workers share (never yet run on a GPU; synchronous only, `pipeline.max_staleness` 0)."""
+    once, with gloo where `resources.gpus_per_learner` and `gpus_per_rollout` are 0, with NCCL where they are at least
+    1; `ipc`: through the memory of the one GPU that Ray has and that the learner and all rollout workers share
+    (synchronous only, `pipeline.max_staleness` 0)."""
     chunk_bytes: Annotated[int, Field(ge=1024**2)] = 64 * 1024**2
     """Weights that travel as one piece (bytes); a larger tensor is a piece by itself."""
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 300.0

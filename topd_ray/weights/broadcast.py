@@ -1,6 +1,7 @@
 """Weights from learner rank 0 straight to all rollout workers at once: NCCL between GPUs, gloo between CPUs.
 
-The backend is all that differs. Tests run gloo; NCCL has never run (see `weights.group`).
+The backend is all that differs. NCCL has been seen between processes on one H200, and never between hosts (see
+`weights.group`).
 
 vLLM's own NCCL engine is not used. It takes part in one group that is fixed when it is set up, it loads a tensor as it
 arrives, so that an engine whose update breaks off serves nothing any more, and a member that dies leaves the others

@@ -1,9 +1,9 @@
 """A process group for one thing: bytes from its rank 0 to all others, over gloo or NCCL.
 
 It is made on a store of its own and is not torch's default group, which the learner ranks (DeepSpeed) and the engines
-(vLLM) use for themselves. The NCCL side has never run: it is written against torch 2.13's ProcessGroupNCCL, and what
-is open is how it gets on with the other communicators of the same process, which work at the same time, and how soon
-it lets go of a member that is gone.
+(vLLM) use for themselves. The NCCL side, written against torch 2.13's ProcessGroupNCCL, has run on one H200, beside
+DeepSpeed's communicator of one rank and a vLLM engine, also when members left between two broadcasts. How soon it lets
+go of a member that dies or hangs in the middle of one is open (docs/weights.md).
 """
 
 import os
