@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.one_gpu import pose_as_a_host
 from topd_ray.errors import WeightSyncError
 from topd_ray.weights.broadcast import BroadcastChannel
 from topd_ray.weights.bundle import Named, WeightsBundle
@@ -32,11 +33,7 @@ def tensors(version: int) -> list[Named]:
 
 
 def open_end(backend: Backend, timeout_seconds: float | None = None) -> BroadcastChannel:
-    """An end of a channel. Before its first NCCL group this process says that it is on a host of its own.
-
-    NCCL does not let two processes of one host share a GPU, and takes hosts at their word.
-    """
-    os.environ.update(NCCL_HOSTID=str(os.getpid()), NCCL_SOCKET_IFNAME="lo")
+    pose_as_a_host()
     return BroadcastChannel(
         backend=backend,
         address="127.0.0.1",

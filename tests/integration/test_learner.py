@@ -28,6 +28,7 @@ from tests.learner_case import (
     weights_of,
     with_branches,
 )
+from tests.one_gpu import pose_as_a_host
 from tests.tiny import NUM_TOKENS, load_tiny_model, make_tiny_model, plain_logprobs
 from topd_ray.config.schema import ObjectiveConfig
 from topd_ray.engines.learner import LearnerEngine
@@ -113,7 +114,7 @@ def test_loss_and_gradient_are_those_of_the_plain_loss(
     gradients: dict[str, torch.Tensor] = {}
 
     def capture(self: LearnerEngine) -> float:
-        gradients.update({name: one.grad.double() for name, one in self._model.named_parameters()})
+        gradients.update({name: one.grad.double().cpu() for name, one in self._model.named_parameters()})
         return 0.0
 
     monkeypatch.setattr(LearnerEngine, "_step", capture)
@@ -462,6 +463,7 @@ def reduced(of_ranks: Sequence[Sequence[tuple[str, float, float]]]) -> dict[str,
 
 
 def _run_rank(rank: int, init_method: str, folder: Path) -> None:
+    pose_as_a_host()
     for stage, kind in TWO_RANK_CASES:
         batch = two_rank_batch(kind)
         share = batch[:4] if rank == 0 else batch[4:]

@@ -21,6 +21,7 @@ from tests.learner_case import (
     totals,
     weights_of,
 )
+from tests.one_gpu import pose_as_a_host
 from tests.tiny import make_tiny_model
 from topd_ray.engines import learner_checkpoint
 from topd_ray.engines.learner import LearnerEngine
@@ -156,6 +157,7 @@ def test_two_ranks_resume_bitwise_and_go_on_from_one_and_one_from_two(tmp_path: 
 
 
 def _run_rank(rank: int, init_method: str, folder: Path) -> None:
+    pose_as_a_host()
     batch = make_batch(6, top_k=6)
     share = batch[:4] if rank == 0 else batch[4:]
     group = {"rank": rank, "world_size": 2, "init_method": init_method}

@@ -83,11 +83,10 @@ def test_the_triton_loss_is_the_torch_loss(tmp_path: Path, by_object_store: Path
 
 @pytest.fixture
 def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray that takes the only GPU for three. NCCL lets hosts share one, not processes: each calls itself a host."""
-    (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['NCCL_HOSTID'] = str(os.getpid())\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    """A Ray that takes the only GPU for three, and processes of which each poses as a host (tests/one_gpu.py)."""
+    (tmp_path / "sitecustomize.py").write_text("from tests.one_gpu import pose_as_a_host\n\npose_as_a_host()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}", prepend=os.pathsep)
     monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     ray.init(address="local", num_cpus=6, num_gpus=3, include_dashboard=False, log_to_driver=False)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
