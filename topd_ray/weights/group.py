@@ -2,10 +2,11 @@
 
 It is made on a store of its own and is not torch's default group, which the learner ranks (DeepSpeed) and the engines
 (vLLM) use for themselves. The NCCL side, written against torch 2.13's ProcessGroupNCCL, has run on one H200, beside
-DeepSpeed's communicator of one rank and a vLLM engine, also when members left between two broadcasts. How soon it lets
-go of a member that dies or hangs in the middle of one is open (docs/weights.md).
+DeepSpeed's communicator of one rank and a vLLM engine, also when members left between two broadcasts. What happens when
+one dies or hangs in the middle of a broadcast has not been seen to go well yet (docs/weights.md).
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 Backend = Literal["gloo", "nccl"]
+_log = logging.getLogger(__name__)
 
 
 class Group:
@@ -58,7 +60,10 @@ class Group:
 
     def close(self) -> None:
         """Break off what is on its way and hang up."""
-        self._group.abort()
+        try:
+            self._group.abort()
+        except RuntimeError as error:  # NCCL takes longer than the group's seconds
+            _log.warning("a group for weights could not be ended: %s", error)
 
 
 def _wait_for_all(store: Store, rank: int, size: int, timeout: timedelta) -> None:
@@ -75,7 +80,11 @@ def _gloo_group(store: Store, rank: int, size: int, address: str, timeout: timed
 
 
 def _nccl_group(store: Store, rank: int, size: int, address: str, timeout: timedelta) -> Any:
-    """Its communicator is made without blocking, in the first broadcast, so that a member that dies then is noticed."""
+    """Its communicator is made without blocking, in the first broadcast, so that a member that dies then is noticed.
+
+    It gets no watchdog (that is what TORCH_NCCL_BLOCKING_WAIT means): after a broadcast that fails, torch's would sleep
+    for a minute, in which the group cannot go, and have the monitor of the process's default group end the process.
+    """
     if not (dist.is_nccl_available() and torch.cuda.is_available()):
         raise RuntimeError("the learner sends its weights through NCCL, and this process sees no GPU")
     options: Any = dist.ProcessGroupNCCL.Options()
@@ -83,7 +92,7 @@ def _nccl_group(store: Store, rank: int, size: int, address: str, timeout: timed
     options.config.blocking = 0
     seconds = max(1, int(timeout.total_seconds()))
     os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(seconds))  # torch reads it once, and later
-    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # or a member that dies takes the others' processes along
+    with _environment(TORCH_NCCL_BLOCKING_WAIT="1"):
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
