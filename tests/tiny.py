@@ -2,29 +2,41 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3MoeConfig
 
 from topd_ray.demo.tokenizer import build_tokenizer
 from topd_ray.types import Prompt, RolloutRequest
 
 NUM_TOKENS = 64
 EOS_ID = 2
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "norm_topk_prob": True}
 
 
 def make_tiny_model(
-    folder: Path, *, seed: int, num_rows: int = 96, tied: bool = False, spread: float = 0.4, dtype: str = "float32"
+    folder: Path,
+    *,
+    seed: int,
+    num_rows: int = 96,
+    tied: bool = False,
+    spread: float = 0.4,
+    dtype: str = "float32",
+    num_experts: int = 0,
 ) -> Path:
     """Write a random two-layer Qwen3 whose embedding has `num_rows` rows for the demo tokenizer's 64 tokens.
 
-    `spread` is the standard deviation of the weights: large enough that the distributions are far from uniform.
+    `spread` is the standard deviation of the weights: large enough that the distributions are far from uniform. With
+    experts it is a Qwen3-MoE, of which two see a token.
     """
     tokenizer = build_tokenizer()
     assert (len(tokenizer), tokenizer.eos_token_id) == (NUM_TOKENS, EOS_ID)
-    config = Qwen3Config(
+    kind, sizes = (Qwen3Config, {}) if num_experts == 0 else (Qwen3MoeConfig, EXPERTS | {"num_experts": num_experts})
+    config = kind(
+        **sizes,
         vocab_size=num_rows,
         hidden_size=64,
         intermediate_size=96,
@@ -41,16 +53,16 @@ def make_tiny_model(
         dtype=dtype,
     )
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     model.generation_config = GenerationConfig(eos_token_id=[EOS_ID], pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def load_tiny_model(folder: Path, dtype: str = "float32") -> Qwen3ForCausalLM:
+def load_tiny_model(folder: Path, dtype: str = "float32") -> Any:
     """The checkpoint as a plain transformers model."""
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def make_requests(count: int, *, prompt_length: int = 3) -> list[RolloutRequest]:
@@ -68,7 +80,7 @@ def make_requests(count: int, *, prompt_length: int = 3) -> list[RolloutRequest]
 
 @torch.no_grad()
 def plain_logprobs(
-    model: Qwen3ForCausalLM, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
+    model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
 ) -> NDArray[np.float32]:
     """log_softmax(logits / temperature) over the tokenizer's tokens at every response position, [T, 64]."""
     ids = torch.tensor([[*map(int, prompt_ids), *map(int, response_ids)]])
@@ -77,7 +89,7 @@ def plain_logprobs(
 
 
 @torch.no_grad()
-def plain_greedy(model: Qwen3ForCausalLM, prefix: Sequence[int], num_tokens: int) -> list[int]:
+def plain_greedy(model: Any, prefix: Sequence[int], num_tokens: int) -> list[int]:
     """The most likely continuation, up to and including an end-of-sequence token."""
     ids = [*map(int, prefix)]
     while len(ids) < len(prefix) + num_tokens:

@@ -353,7 +353,7 @@ def _build(model: ModelConfig, section: RolloutConfig | TeacherConfig, max_model
         with warnings.catch_warnings(), llvmlite_out_of_sight():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM looks through torch modules with deprecated names
             return LLMEngine.from_engine_args(arguments)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise ConfigError(f"vLLM cannot run {model.model} as configured: {error}") from error
 
 

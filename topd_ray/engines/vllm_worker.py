@@ -14,6 +14,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -139,21 +141,25 @@ class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
         finalize_layerwise_reload(self.model, self.model_config)
         finish_on_gpu()  # before the learner hears of it, and may write over what was read
         if current_platform.is_cpu():
-            repack_heads(self.model)
+            repack(self.model)
 
     def shutdown(self) -> None:
         """Nothing to disconnect."""
 
 
-def repack_heads(model: nn.Module) -> None:
-    """Let CPU heads follow their weights.
+def repack(model: nn.Module) -> None:
+    """Let CPU heads and experts follow their weights.
 
     vLLM's CPU kernels multiply with a packed copy. A tied head loads no weight of its own, so that vLLM's reload leaves
-    its packed copy as it was: the model would go on with the old head and the new embedding.
+    its packed copy as it was: the model would go on with the old head and the new embedding. Experts are packed when
+    they are first loaded and never again: the kernel would read new ones in the wrong order.
     """
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+        elif isinstance(module, RoutedExperts) and isinstance(module.quant_method, UnquantizedFusedMoEMethod):
+            assert module.quant_method.moe_kernel is not None, "made when the experts were first loaded"
+            module.quant_method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 WeightTransferEngineFactory.register_engine(WEIGHT_BACKEND, MemoryTransfer)
