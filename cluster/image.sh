@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly LOG=build/docker.log
 # Disk of a first build in MiB: the packages twice (their own stage, then the image) and what pip keeps (rounded up).
-readonly CPU_MIB=8000 GPU_MIB=32000
+readonly CPU_MIB=8000 GPU_MIB=25000
 
 fail() {  # fail WHAT [WHAT WOULD BE RIGHT ...]
     printf 'docker stopped: %s\n' "$1" >&2

@@ -16,7 +16,7 @@ readonly VENV="$PWD/.venv" LOG="build/setup.log" STEP_LOG="build/setup-step.log"
 readonly PY="$VENV/bin/python" STAMP="$VENV/topd-ready"
 readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 # Disk in MiB: the finished .venv, and what pip puts into the temporary folder meanwhile (largest seen, rounded up).
-readonly CPU_MIB=3500 CPU_TEMPORARY_MIB=900 GPU_MIB=14000 GPU_TEMPORARY_MIB=3000
+readonly CPU_MIB=3500 CPU_TEMPORARY_MIB=900 GPU_MIB=10500 GPU_TEMPORARY_MIB=4500
 
 scope=${1:-all}
 job=  # process id of the command whose output goes to the log
@@ -250,9 +250,9 @@ make_ready() {
     check_packages
 }
 
-fail_import() {
-    fail "the installed packages do not import: $(tail -1 "$STEP_LOG")" "The whole message: $STEP_LOG"
-}
+what_is_wrong() { tail -n 3 "$STEP_LOG" | paste -sd ';'; }
+
+fail_check() { fail "the installed packages do not work: $(what_is_wrong)" "The whole message: $STEP_LOG"; }
 
 main() {
     local existed=no
@@ -275,10 +275,10 @@ main() {
     say "Python $VERSION ($PYTHON), $DEVICE packages ($WHY_DEVICE)"
     [[ ! -e $VENV ]] || existed=yes
     if ! make_ready; then
-        [[ $existed == yes ]] || fail_import
-        say "the packages do not import ($(tail -1 "$STEP_LOG")): making .venv anew"
+        [[ $existed == yes ]] || fail_check
+        say "the packages do not work ($(what_is_wrong)): making .venv anew"
         rm -rf "$VENV"
-        make_ready || fail_import
+        make_ready || fail_check
     fi
     [[ $scope == packages ]] || stamp > "$STAMP"
     say "ready in $SECONDS s"

@@ -105,7 +105,7 @@ def test_no_docker(image: Image, tools: Path) -> None:
     assert "docker is not installed" in stopped(image("build"))
 
 
-@pytest.mark.parametrize(("device", "least"), [("cpu", 6000), ("gpu", 28_000)])
+@pytest.mark.parametrize(("device", "least"), [("cpu", 6000), ("gpu", 20_000)])
 def test_too_little_disk(image: Image, tools: Path, device: str, least: int) -> None:
     put(tools, "df", "#!/bin/sh\necho Free\necho disk 9 9 5999 99% /\n")
     message = stopped(image("build", DEVICE=device, NO_IMAGE="1"))

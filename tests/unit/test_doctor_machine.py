@@ -80,7 +80,7 @@ def test_memory_counts_the_container_limit(tmp_path: Path) -> None:
     limit.write_text("max\n")
     assert machine.cgroup_limit(limit) is None
     limit.write_text(f"{4 * GIB}\n")
-    assert machine.cgroup_limit(limit) == 4 * GIB
+    assert machine.cgroup_limit(limit) == machine.cgroup_limit(tmp_path / "none", limit) == 4 * GIB
     free = machine.memory_finding((32 * GIB, 16 * GIB), None)
     assert (free.state, free.found) == ("ok", "16.0 GiB of 32.0 GiB available")
     tight = machine.memory_finding((32 * GIB, 16 * GIB), 4 * GIB)

@@ -202,6 +202,20 @@ def test_a_lost_or_cut_file_is_found(installed: ModuleType, package: Path) -> No
     assert installed.fault(package, "1.2", True) == "lacks thing.py or a part of it"
 
 
+def test_a_file_may_be_longer_than_listed_and_belong_to_another_package(installed: ModuleType, package: Path) -> None:
+    (package.parent / "thing.py").write_text("a = 1\n")
+    assert installed.fault(package, "1.2", True) is None
+    (package.parent / "thing.py").write_text("a")
+    other = package.parent / "other-1.dist-info"
+    other.mkdir()
+    (other / "RECORD").write_text("thing.py,sha256=y,1\nother.py,sha256=z,2\n")
+    shared = installed.shared_files([package, other])
+    assert shared == {"thing.py"}
+    assert installed.fault(package, "1.2", True, shared) is None
+    (package.parent / "thing.py").unlink()
+    assert installed.fault(package, "1.2", True, shared) == "lacks thing.py or a part of it"
+
+
 def test_an_interrupted_install_is_found(installed: ModuleType, package: Path) -> None:
     (package / "RECORD").unlink()
     assert installed.fault(package, "1.2", False) == "is half installed"

@@ -1,5 +1,9 @@
 """What vLLM is built with, and where it is not."""
 
+from contextlib import nullcontext
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +13,14 @@ from vllm.engine import arg_utils
 from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from topd_ray.actors.fleet import RayFleet
+from topd_ray.config.load import load_config
 from topd_ray.config.schema import RolloutConfig, StudentConfig
 from topd_ray.engines import vllm_engine
 from topd_ray.errors import ConfigError
+from topd_ray.pipeline.inline import InlineFleet
 
+DEMO = Path(__file__).parents[2] / "jobs" / "demo.yaml"
 STUDENT = StudentConfig(model="s")
 
 
@@ -41,3 +49,23 @@ def test_a_worker_without_a_gpu_cannot_run_the_build_for_gpus(on_gpu: pytest.Mon
     on_gpu.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"cannot run s: it is built for GPUs.*gpus_per_rollout and gpus_per_teacher"):
         build()
+
+
+@pytest.mark.parametrize(
+    ("installed", "num_gpus", "is_refused"),
+    [({"vllm": "0.32.0"}, 0, True), ({"vllm": "0.32.0"}, 1, False), ({"vllm": "0.32.0+cpu"}, 0, False), ({}, 0, False)],
+)
+def test_a_machine_without_a_gpu_is_told_before_anything_loads(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], num_gpus: int, is_refused: bool
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(metadata, "version", version)
+    config = load_config(DEMO, ["resources.ray_address=null"])
+    for check in (RayFleet.check, InlineFleet.check):
+        with pytest.raises(ConfigError, match="no GPU is visible") if is_refused else nullcontext():
+            check(config)

