@@ -19,7 +19,7 @@ NETWORK = "10.77.0"
 Done = subprocess.CompletedProcess[str]
 
 SETPRIV = ("setpriv", "--pdeathsig", "KILL", "--")
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 
 
 def missing() -> str | None:

@@ -82,13 +82,13 @@ def stop_the_study_once_it_learns(run: Path, tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and "loss/total" in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert not psutil.wait_procs(children, timeout=10)[1], "no run goes on without its study"

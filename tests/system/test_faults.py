@@ -74,7 +74,7 @@ def test_an_input_that_kills_workers_is_put_into_quarantine(tmp_path: Path) -> N
     environment["TOPD_TEST_POISON"] = "p5-"  # a digest of the text follows
     overrides = (f"data.train={tmp_path / 'prompts.jsonl'}", "faults.max_attempts=3", "faults.max_restarts=20")
     done = subprocess.run(
-        command(tmp_path, "run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment
+        command(tmp_path, "run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
@@ -99,14 +99,14 @@ def test_an_object_store_that_is_too_small_spills(tmp_path: Path) -> None:
         command(tmp_path, "run", *large, *store), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     spilled = 0
-    deadline = time.monotonic() + 280
+    deadline = time.monotonic() + 500
     while process.poll() is None and time.monotonic() < deadline:
         raylets = [child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "raylet"]
         for raylet in raylets:
             with contextlib.suppress(psutil.Error):  # it has ended
                 spilled = max(spilled, spilled_by(raylet))
         time.sleep(0.2)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert spilled > 10_000_000, output
     assert read_ledger(tmp_path / "run" / "ledger.jsonl").trained_once == 5120

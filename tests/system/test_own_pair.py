@@ -98,7 +98,7 @@ def test_another_pair_trains_on_its_own_prompts(job: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = job / "runs" / "own"
@@ -130,7 +130,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_an_engine_loads(job: 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the vocabularies of" in done.stderr and "differ" in done.stderr

@@ -107,7 +107,7 @@ def test_time_is_up(hosts: dict[str, Host], tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics, deadline = tmp_path / "slurm" / "metrics.jsonl", time.monotonic() + 150
+    metrics, deadline = tmp_path / "slurm" / "metrics.jsonl", time.monotonic() + 400
     while not (metrics.exists() and "loss/total" in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
@@ -116,7 +116,7 @@ def test_time_is_up(hosts: dict[str, Host], tmp_path: Path) -> None:
     secret = token.read_text()
     (script,) = (one for one in psutil.Process(process.pid).children() if "cluster/slurm.sbatch" in one.cmdline())
     script.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=200)
     assert "checkpoint of update" in output, output
     assert (tmp_path / "requeued").read_text() == f"requeue {JOB}\n"
     assert (tmp_path / "slurm" / "checkpoints" / "latest").exists()

@@ -39,11 +39,11 @@ def test_a_node_fetches_a_version_once_and_old_versions_are_freed() -> None:
                 *("--num-cpus=1", f"--object-store-memory={STORE_BYTES}"),
                 env=environment,
                 cwd=ROOT,
-                timeout=100,
+                timeout=250,
             )
             assert done.returncode == 0, done.stdout
         program = [sys.executable, "-m", "tests.system.weights_over_a_link", str(MODEL_MIB), str(NUM_VERSIONS)]
-        done = hosts["learner"].run(*program, env=environment, cwd=ROOT, timeout=100)
+        done = hosts["learner"].run(*program, env=environment, cwd=ROOT, timeout=500)
         assert done.returncode == 0, done.stdout
         found = json.loads(done.stdout.splitlines()[-1])
         spilled = [
