@@ -7,6 +7,8 @@ from vllm import ir
 from topd_ray.engines.cpu_norms import PROVIDER, SUPPORTED
 
 EPSILON = 1e-6
+BF16 = 2**-7 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 2**-6
+"""Two roundings of 2^-8. With AVX2 alone vLLM's C code cuts instead, and the sum of the fused norm as well."""
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="vLLM is not a CPU build")
 
 
@@ -17,9 +19,9 @@ def inputs(dtype: torch.dtype, *shape: int) -> tuple[torch.Tensor, torch.Tensor,
     return wide[..., : shape[-1]], residual[..., : shape[-1]], (torch.rand(shape[-1]) + 0.5).to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, BF16)])
 @pytest.mark.parametrize("shape", [(1, 8), (70, 128), (5, 4, 32)])
-def test_they_are_the_native_norms_up_to_one_rounding(dtype, tolerance, shape):
+def test_they_are_the_native_norms_up_to_rounding(dtype, tolerance, shape):
     x, residual, weight = inputs(dtype, *shape)
     for name, arguments in (
         ("rms_norm", (x,)),
