@@ -36,7 +36,7 @@ from topd_ray.errors import NonFiniteLossError, RolloutError, TopdError, WorkerL
 from topd_ray.types import Prompt, RolloutRequest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60.0
+SECONDS = 240.0
 
 
 def config_of(address: str, *overrides: str) -> TopdConfig:

@@ -19,7 +19,7 @@ from topd_ray.metrics.figures import FIGURES
 from topd_ray.pipeline.sinks import open_sinks
 
 ROOT = Path(__file__).parents[2]
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 200.0
 
 
 def config_of(folder: Path) -> TopdConfig:

@@ -27,7 +27,7 @@ from topd_ray.weights.choice import open_channel
 
 TEMPERATURE = 0.7
 NATS = 1e-3
-SECONDS = 60.0
+SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
