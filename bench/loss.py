@@ -17,7 +17,8 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from multiprocessing import get_context
@@ -127,25 +128,31 @@ def _memory_row(shape: Shape, torch_version: str) -> Row:
     }
 
 
-def _fastest_liger(problem: Problem, liger: Any) -> tuple[str, Callable[[], float]]:
-    """Its fastest setting, and a step with it."""
-    num_tokens, vocabulary = problem.shape.tokens, problem.shape.vocabulary
-    teacher_hidden, teacher_head = torch.randn(num_tokens, 8), torch.randn(vocabulary, 8)
-    labels = torch.zeros(num_tokens, dtype=torch.long)  # none is to be ignored
-
-    def step(module: Any) -> float:
-        loss: Tensor = module(problem.hidden, problem.head, teacher_hidden, teacher_head, labels)
-        return problem.step(loss)
-
-    found: dict[str, Callable[[], float]] = {}
-    for compiled, chunk in product((True, False), LIGER_CHUNKS):
+def liger_losses(problem: Problem, liger: Any, settings: Iterable[tuple[bool, int]]) -> dict[str, Callable[[], Tensor]]:
+    """Liger's loss on the problem's tensors for each (compiled, tokens of a chunk)."""
+    options: dict[str, Any] = {"device": problem.device, "dtype": problem.hidden.dtype}
+    teacher = [torch.randn(rows, 8, **options) for rows in (problem.shape.tokens, problem.shape.vocabulary)]
+    labels = torch.zeros(problem.shape.tokens, dtype=torch.long, device=problem.device)  # none is to be ignored
+    losses: dict[str, Callable[[], Tensor]] = {}
+    for compiled, chunk in settings:
         module = liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled, chunk_size=chunk)
         name = f"{'compiled' if compiled else 'eager'}, chunks of {chunk}"
-        found[name] = lambda module=module: step(module)  # type: ignore[misc]
+        losses[name] = partial(module, problem.hidden, problem.head, *teacher, labels)
+    return losses
+
+
+def _fastest_liger(problem: Problem, liger: Any) -> tuple[str, Callable[[], float]]:
+    """Its fastest setting, and a step with it."""
+    losses = liger_losses(problem, liger, product((True, False), LIGER_CHUNKS))
+    found = {name: partial(take_step, problem, loss) for name, loss in losses.items()}
     in_turns(found, 1)  # compiles
     seconds = in_turns(found, 1)
     fastest = min(found, key=lambda name: seconds[name][0])
     return fastest, found[fastest]
+
+
+def take_step(problem: Problem, loss: Callable[[], Tensor]) -> float:
+    return problem.step(loss())
 
 
 def extra_bytes(shape: Shape, side: str) -> int:

@@ -1,6 +1,6 @@
 """Tiny random models with a tokenizer, in the Hugging Face layout, and what a plain forward pass says about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3MoeConfig
 
 from topd_ray.demo.tokenizer import build_tokenizer
-from topd_ray.types import Prompt, RolloutRequest
+from topd_ray.types import Prompt, RolloutRequest, Trajectory
 
 NUM_TOKENS = 64
 EOS_ID = 2
@@ -103,3 +103,16 @@ def at(logprobs_TV: NDArray[np.float32], ids_TK: NDArray[np.int32]) -> NDArray[n
     """Columns `ids_TK` ([T] or [T, K]) of every row."""
     ids = np.asarray(ids_TK, np.int64).reshape(len(ids_TK), -1)
     return np.take_along_axis(logprobs_TV, ids, 1).reshape(np.shape(ids_TK))
+
+
+def largest_error(trajectories: Iterable[Trajectory], model: Any, temperature: float) -> float:
+    """Largest difference of a behaviour log-prob from a plain forward pass (nats)."""
+    return max(
+        float(
+            np.abs(
+                at(plain_logprobs(model, t.prompt_ids, t.response_ids, temperature), t.response_ids)
+                - t.behaviour_logprobs
+            ).max()
+        )
+        for t in trajectories
+    )

@@ -4,8 +4,8 @@
 
 bfloat16, forward and backward on the same tensors, the sides in turns, seconds by the clock with the device
 synchronised; ours is `learner.loss_kernel: triton` where Triton is installed. Memory is the allocator's peak beyond
-the inputs and the gradients that must be returned. Liger as in `bench.loss`, the fastest of `LIGER`. The
-floor is three bare products (6 N V D operations). A side that cannot run is left out, with its reason. Writes
+the inputs and the gradients that must be returned. Liger as in `bench.loss`, the fastest of `LIGER`. The floor is three
+bare products (6 N V D operations). A side that cannot run is left out, with its reason. Writes
 bench/results/gpu_loss.json.
 """
 
@@ -20,17 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.loss import in_turns, liger_loss, ratio_row
+from bench.loss import in_turns, liger_loss, liger_losses, ratio_row, take_step
 from bench.loss_problem import Problem, Shape, naive
 from bench.report import Row, save
 from topd_ray.objective import LossSpec
 
-LIGER = (
-    {"compiled": True, "chunk_size": 1024},
-    {"compiled": True, "chunk_size": 4096},
-    {"compiled": False, "chunk_size": 1024},
-)
-"""Its defaults come first."""
+LIGER = ((True, 1024), (True, 4096), (False, 1024))
+"""(compiled, tokens of a chunk); its defaults come first."""
 Losses = dict[str, Callable[[], Tensor]]
 
 
@@ -61,7 +57,7 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
             del losses[name]
             torch.cuda.empty_cache()
     problem.floor()
-    steps = {name: partial(_step, problem, loss) for name, loss in losses.items()}
+    steps = {name: partial(take_step, problem, loss) for name, loss in losses.items()}
     seconds = in_turns({**steps, "floor": problem.floor}, repeats)
     return {
         "rows": _rows(seconds, memory),
@@ -73,10 +69,6 @@ def measure(problem: Problem, repeats: int) -> dict[str, Any]:
         "floor_operations": problem.shape.floor_operations,
         "shape": [problem.shape.tokens, problem.shape.vocabulary, problem.shape.width],
     }
-
-
-def _step(problem: Problem, loss: Callable[[], Tensor]) -> float:
-    return problem.step(loss())
 
 
 def _losses(problem: Problem) -> tuple[Losses, dict[str, str]]:
@@ -96,23 +88,11 @@ def _losses(problem: Problem) -> tuple[Losses, dict[str, str]]:
     else:
         skipped["compiled"] = "Triton is not installed"
     try:
-        losses |= _liger_losses(problem)
+        found = liger_losses(problem, liger_loss(), LIGER)
+        losses |= {f"liger {name}": loss for name, loss in found.items()}
     except RuntimeError as error:
         skipped["liger"] = str(error)
     return losses, skipped
-
-
-def _liger_losses(problem: Problem) -> Losses:
-    liger = liger_loss()
-    options: dict[str, Any] = {"device": problem.device, "dtype": problem.hidden.dtype}
-    teacher = [torch.randn(rows, 8, **options) for rows in (problem.shape.tokens, problem.shape.vocabulary)]
-    labels = torch.zeros(problem.shape.tokens, dtype=torch.long, device=problem.device)  # none is to be ignored
-    losses: Losses = {}
-    for setting in LIGER:
-        module = liger(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, **setting)
-        name = f"liger {'compiled' if setting['compiled'] else 'eager'}, chunks of {setting['chunk_size']}"
-        losses[name] = partial(module, problem.hidden, problem.head, *teacher, labels)
-    return losses
 
 
 def _peak(problem: Problem, loss: Callable[[], Tensor]) -> tuple[float, int]:

@@ -1,31 +1,17 @@
 """A mixture of experts as student and as teacher. vLLM wants one to be the first engine of its process."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
 
-from tests.tiny import at, load_tiny_model, make_requests, make_tiny_model, plain_logprobs
+from tests.tiny import largest_error, load_tiny_model, make_requests, make_tiny_model, plain_logprobs
 from topd_ray.config.schema import RolloutConfig, StudentConfig, TeacherConfig
 from topd_ray.engines.rollout import RolloutEngine
 from topd_ray.engines.teacher import TeacherEngine
-from topd_ray.types import Trajectory
 
 KV_CACHE_BYTES = 8 * 1024**2
 NATS = 1e-3
-
-
-def largest_error(trajectories: list[Trajectory], model: Any) -> float:
-    """Largest difference of a behaviour log-prob from a plain forward pass (nats)."""
-    return max(
-        float(
-            np.abs(
-                at(plain_logprobs(model, t.prompt_ids, t.response_ids, 1.0), t.response_ids) - t.behaviour_logprobs
-            ).max()
-        )
-        for t in trajectories
-    )
 
 
 def test_experts_follow_their_weights(tmp_path: Path) -> None:
@@ -33,10 +19,10 @@ def test_experts_follow_their_weights(tmp_path: Path) -> None:
     config = RolloutConfig(max_new_tokens=8, max_num_seqs=8, kv_cache_bytes=KV_CACHE_BYTES, enforce_eager=True)
     student = StudentConfig(model=str(old), dtype="float32")
     with RolloutEngine(student, config, max_prompt_tokens=8, max_new_tokens=8, threads=1, seed=0) as engine:
-        assert largest_error(list(engine.generate(make_requests(4))), load_tiny_model(old)) < NATS
+        assert largest_error(engine.generate(make_requests(4)), load_tiny_model(old), 1.0) < NATS
         for version, folder in enumerate((new, old), start=1):
             engine.update_weights(version, load_file(folder / "model.safetensors").items())
-            assert largest_error(list(engine.generate(make_requests(4))), load_tiny_model(folder)) < NATS
+            assert largest_error(engine.generate(make_requests(4)), load_tiny_model(folder), 1.0) < NATS
 
 
 def test_scores_are_those_of_a_plain_forward_pass(tmp_path: Path) -> None:

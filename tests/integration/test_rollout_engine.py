@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
+from tests import tiny
 from tests.tiny import (
     EOS_ID,
     NUM_TOKENS,
@@ -97,16 +98,7 @@ def tokens(trajectories: dict[str, Trajectory]) -> dict[str, list[int]]:
 
 
 def largest_error(trajectories: dict[str, Trajectory], model: Qwen3ForCausalLM) -> float:
-    """Largest difference of a behaviour log-prob from a plain forward pass (nats)."""
-    return max(
-        float(
-            np.abs(
-                at(plain_logprobs(model, t.prompt_ids, t.response_ids, TEMPERATURE), t.response_ids)
-                - t.behaviour_logprobs
-            ).max()
-        )
-        for t in trajectories.values()
-    )
+    return tiny.largest_error(trajectories.values(), model, TEMPERATURE)
 
 
 def test_behaviour_logprobs_are_of_the_distribution_at_the_temperature(engine, first):
