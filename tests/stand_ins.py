@@ -99,13 +99,11 @@ class Rollout(StandIn):
         for request in requests:
             self.requests.put(request)
 
-    def serve(self) -> Iterator[RolloutChunk]:
-        while True:
-            yield self._write([self.requests.get()])
+    def read(self) -> list[RolloutChunk]:
+        return [self._write([self.requests.get()])]
 
-    def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
-        for share in [requests] if whole else [[request] for request in requests]:
-            yield self._write(share)
+    def generate_whole(self, requests: Sequence[RolloutRequest]) -> list[RolloutChunk]:
+        return [self._write(requests)]
 
     def _write(self, requests: Sequence[RolloutRequest]) -> RolloutChunk:
         for request in requests:

@@ -1,15 +1,16 @@
 """The same driver over Ray actors that sleep: what Ray's own hop costs a trajectory.
 
-A few actor processes stand for many rollout workers each, which hand every trajectory on alone through one streaming
-generator a worker, with a handle of the object store; teachers and the learner are actors that sleep as well.
+A few actor processes stand for many rollout workers each, whose trajectories come alone, each with a handle of the
+object store. The driver reads them as topd_ray.actors.fleet does; teachers and the learner are actors that sleep too.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -36,11 +37,13 @@ class Rollouts:
         self._versions: dict[int, int] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def stream(self, worker: int) -> AsyncIterator[RolloutChunk]:
-        """Everything that `worker` ever finishes."""
+    async def read(self, worker: int) -> list[RolloutChunk]:
+        """What `worker` has finished since the last call, as soon as there is something."""
         finished = self._queue(worker)
-        while True:
-            yield await finished.get()
+        chunks = [await finished.get()]
+        while not finished.empty():
+            chunks.append(finished.get_nowait())
+        return chunks
 
     async def write(self, worker: int, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:
@@ -84,13 +87,18 @@ class RayFleet:
         rollouts = ray.remote(num_cpus=0)(Rollouts)
         self._rollouts = [rollouts.remote(workload) for _ in range(NUM_ACTORS)]
         self._others = ray.remote(num_cpus=0)(Others).remote(workload)
-        self._streams = {
-            self._rollout(worker).stream.options(num_returns="streaming").remote(worker): worker
-            for worker in range(workload.num_rollouts)
-        }
-        self._answers: dict[Any, Any] = {}
+        self._answers: dict[Any, Callable[[Any], list[Event]]] = {}
         self._num_rollouts = workload.num_rollouts
         self._version = 0
+        for worker in range(workload.num_rollouts):
+            self._read(worker)
+
+    def _read(self, worker: int) -> None:
+        def written(chunks: list[RolloutChunk]) -> list[Event]:
+            self._read(worker)
+            return [Written(worker=worker, chunk=chunk) for chunk in chunks]
+
+        self._answers[self._rollout(worker).read.remote(worker)] = written
 
     def _rollout(self, worker: int) -> Any:
         return self._rollouts[worker % NUM_ACTORS]
@@ -100,33 +108,33 @@ class RayFleet:
 
     def guide(self, teacher: int, chunks: Sequence[RolloutChunk], threshold: float) -> None:
         sources = tuple(chunks)
-        self._answers[self._others.guide.remote(sources, threshold)] = lambda chunk: Guided(
-            teacher=teacher, sources=sources, chunk=chunk
-        )
+        self._answers[self._others.guide.remote(sources, threshold)] = lambda chunk: [
+            Guided(teacher=teacher, sources=sources, chunk=chunk)
+        ]
 
     def learn(self, items: Sequence[GuidedItem]) -> None:
         self._version += 1
-        self._answers[self._others.learn.remote(items, self._version)] = lambda report: Learned(report=report)
+        self._answers[self._others.learn.remote(items, self._version)] = lambda report: [Learned(report=report)]
 
     def publish(self) -> None:
         for worker in range(self._num_rollouts):
-            answer = self._rollout(worker).take_weights.remote(worker, self._version)
             event = Published(worker=worker, version=self._version)
-            self._answers[answer] = lambda _, event=event: event
+            self._answers[self._rollout(worker).take_weights.remote(worker, self._version)] = partial(_only, event)
 
     def excuse(self, role: str) -> None:
         raise AssertionError("engines that sleep do not fail")
 
     def wait(self) -> list[Event]:
-        waitables = [*self._streams, *self._answers]
-        ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0)
+        pending = list(self._answers)
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         if not ready:
-            ready, _ = ray.wait(waitables, num_returns=1, timeout=POLL_SECONDS)
-        values = ray.get([next(one) if one in self._streams else one for one in ready])
-        return [
-            Written(worker=self._streams[one], chunk=value) if one in self._streams else self._answers.pop(one)(value)
-            for one, value in zip(ready, values, strict=True)
-        ]
+            ready, _ = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+        answers = zip([self._answers.pop(one) for one in ready], ray.get(ready), strict=True)
+        return [event for events_of, answer in answers for event in events_of(answer)]
+
+
+def _only(event: Event, _: object) -> list[Event]:
+    return [event]
 
 
 def measure(workload: Workload, max_staleness: int, num_updates: int) -> dict[str, float]:

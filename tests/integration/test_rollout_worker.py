@@ -88,9 +88,9 @@ class Reader:
 
     def start(self) -> None:
         def read() -> None:
-            for chunk in self.worker.serve():
+            while chunks := self.worker.read():
                 with self._changed:
-                    self._read.append(chunk)
+                    self._read += chunks
                     self._changed.notify_all()
 
         self.stream: Future[None] = self.pool.submit(read)
@@ -219,7 +219,7 @@ def test_late_and_foreign_updates_are_refused_and_what_is_written_goes_on(reader
     assert {one.policy_version for one in trajectories(chunks)} == {version}
 
 
-def test_evaluation_runs_beside_an_idle_stream_and_an_error_ends_it(reader):
+def test_evaluation_runs_while_nothing_is_written_and_an_error_is_read(reader):
     worker = reader.worker
     worker.submit(draws(2), whole=True)
     reader.take(2)
@@ -243,8 +243,9 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def read(chunk):
-    return batch_to_trajectories(ray.get(chunk.handle))
+def read(actor):
+    chunks = ray.get(actor.read.remote(), timeout=SECONDS)
+    return [one for chunk in chunks for one in batch_to_trajectories(ray.get(chunk.handle))]
 
 
 def test_a_ray_actor_serves_while_other_calls_reach_it(cluster, folders, models):
@@ -255,21 +256,19 @@ def test_a_ray_actor_serves_while_other_calls_reach_it(cluster, folders, models)
         .remote(**parts(folders[0]), store=store)
     )
     ray.get(actor.setup.remote(), timeout=SECONDS)
-    stream = actor.serve.options(num_returns="streaming").remote()
     ray.get(actor.submit.remote(draws(40), whole=False), timeout=SECONDS)
-    written = list(read(ray.get(next(stream))))
+    written = read(actor)
     sent = bundle(folders, 1, store)
     receipt = ray.get(actor.update_weights.remote(sent, interrupt=False), timeout=SECONDS)
     assert (receipt.version, receipt.checksum) == (1, sent.checksum)
     ray.get(actor.submit.remote(draws(5, first=40), whole=True), timeout=SECONDS)
     while len(written) < 45:
-        written += read(ray.get(next(stream)))
+        written += read(actor)
     ray.get(actor.submit.remote(make_requests(1, prompt_length=17), whole=False), timeout=SECONDS)
     with pytest.raises(RolloutError, match="a request of 17 tokens"):
-        ray.get(next(stream))
-    stream = actor.serve.options(num_returns="streaming").remote()
+        read(actor)
+    reading = actor.read.remote()
     ray.get(actor.stop.remote(), timeout=SECONDS)
-    with pytest.raises(StopIteration):
-        next(stream)
+    assert ray.get(reading, timeout=SECONDS) == []
     assert [one.policy_version for one in written] == [0] * 40 + [1] * 5
     assert max(errors(one, models, one.policy_version).max() for one in written) < NATS

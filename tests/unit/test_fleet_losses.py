@@ -35,7 +35,7 @@ def fleet_of(role: str, clock: Clock) -> tuple[RayFleet, Slot]:
     fleet: Any = RayFleet(config, total_updates=1)
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     fleet._crew, fleet._absence = SimpleNamespace(make=nothing), SimpleNamespace(begin=nothing, end=nothing)
-    fleet._answers, fleet._set_up = SimpleNamespace(get=lambda future: future), nothing
+    fleet._answers, fleet._set_up, fleet._read = SimpleNamespace(get=lambda future: future), nothing, nothing
     need = Need(role=role, index=0, num_cpus=1, num_gpus=0.0)
     slot = Slot(role=role, index=0, need=need, bundle=0, budget=RestartBudget(config.faults, clock))
     return fleet, slot
@@ -46,18 +46,16 @@ def lose(fleet: RayFleet, slot: Slot, clock: Clock) -> None:
     assert isinstance(fleet._lose(slot, "it died"), Lost)
 
 
-def answer(fleet: Any, slot: Slot, kind: str) -> list[Any]:
+def answer(fleet: Any, slot: Slot, kind: str, said: Any = None) -> list[Any]:
     call = Call(kind=kind, slot=slot, made_at=0.0, limit=Limit(setting="x", seconds=1.0, is_silence=False))
-    return list(fleet._answered(call, GuidedChunk(items=(), metrics=()) if kind == "guide" else None))
+    return list(fleet._answered(call, said))
 
 
 def deliver(fleet: Any, slot: Slot) -> list[Any]:
     """A chunk of trajectories, written or guided."""
     if slot.role == "teacher":
-        return answer(fleet, slot, "guide")
-    stream = iter([CHUNK])
-    fleet._streams = {stream: slot}
-    return list(fleet._hear_stream(stream))
+        return answer(fleet, slot, "guide", GuidedChunk(items=(), metrics=()))
+    return answer(fleet, slot, "read", [CHUNK])
 
 
 def give_up_an_input(fleet: Any, slot: Slot) -> None:

@@ -35,9 +35,12 @@ class Call:
     bundle: ray.ObjectRef | None = None
     """of `update_weights`"""
     made_at: float
-    limit: Limit
+    limit: Limit | None
+    """unset: the answer comes when there is something to say"""
 
     def is_late(self, now: float) -> bool:
+        if self.limit is None:
+            return False
         since = max(self.made_at, self.slot.heard_at) if self.limit.is_silence else self.made_at
         return since + self.limit.seconds < now
 
@@ -52,7 +55,7 @@ class Calls:
         acknowledging = Limit(
             setting="weights.timeout_seconds", seconds=config.weights.timeout_seconds, is_silence=False
         )
-        self._limits = {"look": self.loading, "setup": self.loading}
+        self._limits: dict[str, Limit | None] = {"look": self.loading, "setup": self.loading, "read": None}
         if config.pipeline.on_new_weights == "interrupt":  # or else what is being written comes first
             self._limits["update_weights"] = acknowledging
         self._calls: dict[ray.ObjectRef, Call] = {}

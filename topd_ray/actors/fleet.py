@@ -75,7 +75,6 @@ class RayFleet:
         self._say = say
         self.traffic = Traffic()
         self._calls = Calls(config)
-        self._streams: dict[ray.ObjectRefGenerator, Slot] = {}
         self._newest: ray.ObjectRef | None = None
         """the bundle of the newest weights"""
         self._publication_is_due = False
@@ -182,6 +181,9 @@ class RayFleet:
         future = slot.actor.update_weights.remote(self._newest, interrupt=interrupt)
         self._calls.add("update_weights", slot, future, bundle=self._newest)
 
+    def _read(self, slot: Slot) -> None:
+        self._calls.add("read", slot, slot.actor.read.remote())
+
     def _set_up(self, slot: Slot, *args: Any, since: float | None = None) -> None:
         self._calls.add("setup", slot, slot.actor.setup.remote(*args), made_at=since)
 
@@ -189,32 +191,17 @@ class RayFleet:
 
     def wait(self) -> list[Event]:
         """What has happened, after at least something has, or half a second."""
-        waitables = [*self._calls, *self._streams]
-        ready, _ = ray.wait(waitables, num_returns=len(waitables), timeout=0)
+        pending = list(self._calls)
+        ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
         if not ready:
-            ready, _ = ray.wait(waitables, num_returns=1, timeout=POLL_SECONDS)
+            ready, _ = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
         events: list[Event] = []
         for one in ready:
-            if one in self._streams:
-                events += self._hear_stream(one)
-            elif one in self._calls:  # and its worker has not been lost a moment ago
+            if one in self._calls:  # and its worker has not been lost a moment ago
                 events += self._hear(one)
         events += self._late()
         self._publish_if_due()
         return events
-
-    def _hear_stream(self, stream: ray.ObjectRefGenerator) -> list[Event]:
-        slot = self._streams[stream]
-        try:
-            chunk = self._answers.get(next(stream))
-        except StopIteration:
-            return [self._lose(slot, "it has stopped serving")]
-        except (TopdError, RayError) as error:
-            return [self._lose(slot, error)]
-        slot.num_writing -= len(chunk.trajectory_ids)
-        slot.heard_at = time.monotonic()
-        slot.budget.progressed()
-        return [Written(worker=slot.index, chunk=chunk)]
 
     def _hear(self, future: ray.ObjectRef) -> list[Event]:
         call = self._calls.pop(future)
@@ -247,6 +234,8 @@ class RayFleet:
         match call.kind:
             case "pack" if answer is not None:
                 return [Packed(metrics=tuple(weight_metrics(answer, [])))]
+            case "read":
+                return self._written(slot, answer)
             case "guide":
                 slot.budget.progressed()
                 return [Guided(teacher=slot.index, sources=call.sources, chunk=answer)]
@@ -260,6 +249,12 @@ class RayFleet:
                 self._absence.end(slot)
                 return self._ready(slot, answer)
         return []
+
+    def _written(self, slot: Slot, chunks: list[RolloutChunk]) -> list[Event]:
+        self._read(slot)
+        slot.budget.progressed()
+        slot.num_writing -= sum(len(chunk.trajectory_ids) for chunk in chunks)
+        return [Written(worker=slot.index, chunk=chunk) for chunk in chunks]
 
     def _acknowledge(self, call: Call, receipt: WeightReceipt) -> None:
         """Raise WeightSyncError unless the receipt is of weights that the worker was sent.
@@ -282,7 +277,7 @@ class RayFleet:
         elif slot.role == "teacher":
             return [Ready(teacher=slot.index)]
         else:
-            self._streams[slot.actor.serve.options(num_returns="streaming").remote()] = slot
+            self._read(slot)
             if self._newest is not None and not self._publication_is_due:
                 self._send_weights(slot)
         return []
@@ -319,7 +314,6 @@ class RayFleet:
     def _lose(self, slot: Slot, reason: Exception | str) -> Lost:
         """Make the worker anew. Raises its role's error if that has happened too often."""
         self._calls.drop(slot)
-        self._streams = {stream: other for stream, other in self._streams.items() if other is not slot}
         if not slot.budget.spend():
             raise FAILED[slot.role](f"{slot} has failed {slot.budget}, the last time: {reason_of(reason)}")
         self._absence.begin(slot)
@@ -401,7 +395,7 @@ class RayFleet:
 
     def verify_teacher(self, requests: Sequence[RolloutRequest]) -> float | None:
         limit = self._calls.silence
-        chunks = list(self._answers.stream([self._rollouts[0].actor.generate], [requests], limit, whole=True))
+        (chunks,) = self._answers.fetch([self._rollouts[0].actor.generate_whole.remote(requests)], limit)
         differences = self._answers.fetch([slot.actor.verify.remote(chunks) for slot in self._teachers], limit)
         return max((one for one in differences if one is not None), default=None)
 

@@ -1,5 +1,6 @@
 """The rollout worker: a student engine that writes trajectories and takes new weights."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from topd_ray.actors.messages import GuidedItem, RolloutChunk
+from topd_ray.actors.outbox import Outbox
 from topd_ray.actors.serving import RolloutServer
 from topd_ray.actors.store import Store
 from topd_ray.actors.teacher import put_guided
@@ -53,8 +55,8 @@ class RemoteStudent:
 class RolloutWorker:
     """One student engine and the store its trajectories go to.
 
-    Several threads may call it. While one of them is in `serve`, the engine is that one's, and what others ask of the
-    engine waits until it has nothing to write.
+    Several threads may call it. From the first `read` on, a thread of its own writes what is submitted; what others ask
+    of the engine waits until it has nothing to write.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class RolloutWorker:
         self._answer_tokens = evaluation.max_new_tokens or rollout.max_new_tokens
         self._threads = threads
         self._seed = seed
+        self._outbox = Outbox.spent()
 
     def setup(self) -> None:
         """Load the student. Not in the constructor, whose errors Ray would not hand on as their own class."""
@@ -96,30 +99,49 @@ class RolloutWorker:
         )
         self._server = RolloutServer(self._engine)
 
-    def serve(self) -> Iterator[RolloutChunk]:
-        """Write what is submitted and yield it in chunks as it finishes, until `stop`.
+    def read(self) -> list[RolloutChunk]:
+        """What has been written of the requests submitted since the last call, as soon as there is some.
 
-        After an error of the engine, all that was submitted is forgotten, and another call may start anew.
+        Nothing more comes after an empty list, which `stop` leads to, nor after the error that writing has ended with:
+        requests not read by then are forgotten, and another call starts anew. One call at a time.
+
+        The chunks' handles reach the driver within the answer of an ordinary call. Within what a streaming generator
+        yields Ray loses objects whenever the reader is slower than the writer (ray-project/ray#58082).
         """
-        for trajectories in self._server.serve():
-            yield self._chunk(trajectories)
+        if self._outbox.is_spent:
+            self._outbox = Outbox()
+            threading.Thread(target=self._write_to, args=(self._outbox,), name="writing", daemon=True).start()
+        return self._outbox.take()
+
+    def _write_to(self, outbox: Outbox) -> None:
+        try:
+            for trajectories in self._server.serve():
+                outbox.put(self._chunk(trajectories))
+        except BaseException as error:  # raised where it is read
+            outbox.close(error)
+        else:
+            outbox.close()
 
     def submit(self, requests: Sequence[RolloutRequest], *, whole: bool) -> None:
-        """Have `serve` write these; returns at once.
+        """Have these written; returns at once.
 
-        With `whole` they run alone, after those submitted before, and are yielded as one chunk in the order of their
-        ids: what is written depends on nothing else.
+        With `whole` they run alone, after those submitted before, and leave as one chunk in the order of their ids:
+        what is written depends on nothing else.
         """
         self._server.submit(requests, whole=whole)
 
     def stop(self) -> None:
-        """End `serve` at the engine's next step; what it has not yielded is dropped."""
+        """End the writing at the engine's next step; what has not left it is dropped."""
         self._server.stop()
 
     def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
         """Yield trajectories as they finish, or with `whole` all of them at the end, in the order of their ids."""
         for trajectories in self._server.generate(requests, whole=whole):
             yield self._chunk(trajectories)
+
+    def generate_whole(self, requests: Sequence[RolloutRequest]) -> list[RolloutChunk]:
+        """What `generate` yields with `whole`."""
+        return list(self.generate(requests, whole=True))
 
     def update_weights(self, bundle: WeightsBundle, *, interrupt: bool = False) -> WeightReceipt | None:
         """Serve `bundle.version` from now on; returns when the engine does.

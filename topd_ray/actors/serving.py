@@ -19,7 +19,7 @@ from topd_ray.weights.checksum import WeightReceipt
 
 HANDOVER_SHARE = 0.1
 """Largest share of a rollout worker's time that goes into handing trajectories on: a handover waits, and gathers
-company, until the time since the last one makes up for what that one cost, Ray's stream included. In one process
+company, until the time since the last one makes up for what that one cost, Ray's store included. In one process
 (`--inline`) that is also the teacher's look-ahead: nothing is written meanwhile, so more company costs no time."""
 
 Weights = Iterable[Named] | Delivery | IpcDelivery

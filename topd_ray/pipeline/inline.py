@@ -131,7 +131,7 @@ class InlineFleet:
         return self._learner.preflight(items)
 
     def verify_teacher(self, requests: Sequence[RolloutRequest]) -> float | None:
-        return self._teacher.verify(list(self._rollout.generate(requests, whole=True)))
+        return self._teacher.verify(self._rollout.generate_whole(requests))
 
     def save_learner(self, folder: Path) -> None:
         self._learner.save(folder)
