@@ -239,7 +239,7 @@ class ScriptedFleet:
             return
         worker.has.remove(ids)
         if is_lost:
-            yield GuideUnreadable(teacher=worker.index, sources=chunks)
+            yield GuideUnreadable(teacher=worker.index, sources=chunks, reason="gone")
             return
         worker.budget.progressed()
         items = [
@@ -262,7 +262,7 @@ class ScriptedFleet:
     def _learnt(self, items: Sequence[GuidedItem], ages: Sequence[int], is_lost: bool) -> Iterable[Event]:
         self.is_learning = False
         if is_lost:
-            yield LearnUnreadable()
+            yield LearnUnreadable(reason="gone")
             return
         ids = [item.trajectory_id for item in items]
         assert not set(ids) & set(self.trained), "trained on twice"

@@ -333,7 +333,8 @@ def test_a_rollout_worker_continues_prefixes_for_a_teacher(
     fleet.guide(0, chunks, 0.5)
     events = hear(fleet, some(GuideUnreadable, Lost))
     (unreadable,) = [event for event in events if isinstance(event, GuideUnreadable)]
-    assert unreadable == GuideUnreadable(teacher=0, sources=tuple(chunks))
+    assert (unreadable.teacher, unreadable.sources) == (0, tuple(chunks))
+    assert unreadable.reason.startswith("the rollout worker that should continue prefixes is gone")
     assert [event.role for event in events if isinstance(event, Lost)] == ["rollout"]
     chunks = write(fleet, 1, "p3")
     assert [one.trajectory_id for one in guide(fleet, 0, chunks)] == ["p3/0/0"]
@@ -354,6 +355,7 @@ def test_what_a_lost_worker_held_is_unreadable(fleet: RayFleet, orders: Orders) 
     events = hear(fleet, some(LearnUnreadable, GuideUnreadable, Ready))
     assert not some(Learned)(events)
     assert [e.sources for e in events if isinstance(e, GuideUnreadable)] == [(chunk, other)]
+    assert [e.reason for e in events if isinstance(e, LearnUnreadable)] == ["gone"]
     assert [e.role for e in events if isinstance(e, Lost)] == ["teacher"]
 
 

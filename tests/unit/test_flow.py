@@ -49,6 +49,7 @@ def test_figures_of_an_update() -> None:
         "staleness/max": 0,
         "staleness/dropped": 0,
         "faults/quarantined": 0,
+        "faults/payloads_lost": 0,
         "faults/restarts_rollout": 0,
         "faults/restarts_teacher": 0,
         "queue/rollout": 0,
@@ -239,8 +240,13 @@ def test_a_rollout_worker_lost_takes_along_what_no_teacher_has_read() -> None:
 
 def test_a_batch_that_cannot_be_read_is_written_again() -> None:
     lost = iter([True, False])
-    run = Run(make_config(), script(loses_payload=lambda kind: kind == "learn" and next(lost)), 1).play()
+    lines: list[str] = []
+    run = Run(make_config(), script(loses_payload=lambda kind: kind == "learn" and next(lost)), 1)
+    run.flow = run.start(run.fleet, (), 1, say=lines.append)
+    run.play()
     run.check()
+    assert lines == ["the learner could not fetch trajectories (4, written again): gone"]
+    assert run.metric("faults/payloads_lost") == [4]
     assert Counter(one for _, written in run.fleet.writes for one in written) == dict.fromkeys(batch(0, 1), 2)
     assert not run.fleet.failures
 

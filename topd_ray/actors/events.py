@@ -29,6 +29,7 @@ class GuideUnreadable:
 
     teacher: int
     sources: tuple[RolloutChunk, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Learned:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnUnreadable:
     """A learner rank could not fetch its share of the batch, and no rank has applied anything."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,8 +78,8 @@ class RayFleet:
         self._newest: ray.ObjectRef | None = None
         """the bundle of the newest weights"""
         self._publication_is_due = False
-        self._reports: dict[int, UpdateReport | None] = {}
-        """of the learner ranks that have answered; None where the batch could not be read"""
+        self._reports: dict[int, UpdateReport | PayloadLostError] = {}
+        """of the learner ranks that have answered"""
         self._looked_at = time.monotonic()
 
     @staticmethod
@@ -282,20 +282,22 @@ class RayFleet:
                 self._send_weights(slot)
         return []
 
-    def _learnt(self, rank: int, report: UpdateReport | None) -> list[Event]:
+    def _learnt(self, rank: int, report: UpdateReport | PayloadLostError) -> list[Event]:
         """Every rank has to answer: all of them have learnt, or none."""
         self._reports[rank] = report
         if len(self._reports) < len(self._learners):
             return []
         reports = [self._reports[rank] for rank in sorted(self._reports)]
-        read = [report for report in reports if report is not None]
-        return [Learned(report=merge_reports(read))] if len(read) == len(reports) else [LearnUnreadable()]
+        lost = [reason_of(report) for report in reports if isinstance(report, PayloadLostError)]
+        if lost:
+            return [LearnUnreadable(reason="; ".join(dict.fromkeys(lost)))]
+        return [Learned(report=merge_reports([one for one in reports if isinstance(one, UpdateReport)]))]
 
     def _unreadable(self, call: Call, error: PayloadLostError) -> list[Event]:
         if call.kind == "guide":
-            return [GuideUnreadable(teacher=call.slot.index, sources=call.sources)]
+            return [GuideUnreadable(teacher=call.slot.index, sources=call.sources, reason=reason_of(error))]
         if call.kind == "learn":
-            return self._learnt(call.slot.index, None)
+            return self._learnt(call.slot.index, error)
         raise WorkerLostError(f"the newest weights cannot be fetched: {error}")
 
     def _failed(self, call: Call, error: Exception) -> list[Event]:

@@ -135,6 +135,7 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("faults/restarts_teacher", "", "Teacher workers made anew."),
         Figure("faults/restarts_learner", "", "Times this driver started all workers again, from a checkpoint."),
         Figure("faults/quarantined", "", "Trajectories given up since the last update: workers failed with them."),
+        Figure("faults/payloads_lost", "", "Trajectories written again since then: they were lost on the way."),
     ),
     "Weights": (
         Figure("weights/bytes", "bytes", "Size of the policy in the rollout engines' dtype."),

@@ -90,6 +90,7 @@ class Flow:
         self._trained: tuple[tuple[GuidedItem, ...], tuple[Task, ...]] | None = None
         self._quarantined: list[tuple[Task, str]] = []
         self._num_dropped = 0
+        self._num_lost = 0
         self._blame = Blame(config.faults)
         self._gauges = Gauges(config.rollout.num_workers, config.teacher.num_workers)
         self._writing = Writing(config, fleet, tasks, self._blame, self._gauges, policy_version=policy_version)
@@ -108,6 +109,7 @@ class Flow:
         (items, tasks), self._trained = self._trained, None
         quarantined, self._quarantined = self._quarantined, []
         num_dropped, self._num_dropped = self._num_dropped, 0
+        num_lost, self._num_lost = self._num_lost, 0
         return Update(
             policy_version=self._version,
             items=items,
@@ -118,6 +120,7 @@ class Flow:
                 {
                     "staleness/dropped": num_dropped,
                     "faults/quarantined": len(quarantined),
+                    "faults/payloads_lost": num_lost,
                     "queue/rollout": self._writing.num_waiting,
                     "queue/writing": self._writing.num_writing,
                     "queue/teacher": self._guiding.num_waiting,
@@ -214,13 +217,14 @@ class Flow:
                 self._guiding.end_call(teacher, sources)
                 self._take_in_guided(teacher, chunk.items)
                 self._gauges.add(chunk.metrics)
-            case GuideUnreadable(teacher=teacher, sources=sources):
+            case GuideUnreadable(teacher=teacher, sources=sources, reason=reason):
                 self._guiding.end_call(teacher, sources)
-                self._again([self._tasks[one] for source in sources for one in source.trajectory_ids])
+                unread = [one for source in sources for one in source.trajectory_ids]
+                self._lose_payload(unread, f"teacher worker {teacher}", reason)
             case Learned(report=report):
                 self._take_in_update(report)
-            case LearnUnreadable():
-                self._again([self._tasks[item.trajectory_id] for item in self._end_lease()])
+            case LearnUnreadable(reason=reason):
+                self._lose_payload([item.trajectory_id for item in self._end_lease()], "the learner", reason)
                 self._gauges.watch.start("rollout_and_look_ahead")
             case Packed(metrics=metrics):
                 self._gauges.add(metrics)
@@ -269,6 +273,11 @@ class Flow:
                 self._guiding.add(chunk)
         leased = {item.trajectory_id for item in self._buffer.leased}
         self._discard([one for one, by in self._guided_by.items() if by == teacher and one not in leased])
+
+    def _lose_payload(self, trajectory_ids: Sequence[str], reader: str, reason: str) -> None:
+        self._num_lost += len(trajectory_ids)
+        self._say(f"{reader} could not fetch trajectories ({len(trajectory_ids)}, written again): {reason}")
+        self._again([self._tasks[one] for one in trajectory_ids])
 
     # Tasks
 
