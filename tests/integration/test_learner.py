@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.learner_case import (
     LARGE_STEPS,
@@ -212,12 +221,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(student: Path) -> N
 
 
 def test_the_student_as_its_own_teacher_has_no_loss(tied: Path) -> None:
-    model = load_tiny_model(tied)
-    batch = []
-    for one in make_batch(4, top_k=6):
-        prompt, response = one.trajectory.prompt_ids, one.trajectory.response_ids
-        scores = scores_of(plain_logprobs(model, prompt, response, TEMPERATURE), response, 6)
-        batch.append(replace(one, scores=scores, targets=SparseTargets.empty(len(response))))
+    batch = scored_by(load_tiny_model(tied))
     engine = make_engine(tied)
     assert abs(engine.loss(batch, **totals(batch))) < 1e-5
     assert engine.policy_version == 0
@@ -225,6 +229,52 @@ def test_the_student_as_its_own_teacher_has_no_loss(tied: Path) -> None:
     metrics = figures(engine.learn(batch, **totals(batch)))
     engine.shutdown()
     assert metrics["learner/grad_norm"] < 1e-4
+
+
+def scored_by(model: Any) -> list[GuidedTrajectory]:
+    """A batch without guidance that `model` has written and scored."""
+    batch = []
+    for one in make_batch(4, top_k=6):
+        prompt, response = one.trajectory.prompt_ids, one.trajectory.response_ids
+        scores = scores_of(plain_logprobs(model, prompt, response, TEMPERATURE), response, 6)
+        trajectory = replace(one.trajectory, behaviour_logprobs=scores.sampled_logprobs)
+        batch.append(replace(one, trajectory=trajectory, scores=scores, targets=SparseTargets.empty(len(response))))
+    return batch
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=NUM_TOKENS, initializer_range=0.3),
+        OPTConfig(
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            vocab_size=NUM_TOKENS,
+            init_std=0.3,
+        ),
+    ],
+    ids=["dropout modules", "dropout in layers"],
+)
+def test_dropout_is_off_while_it_learns(tied: Path, tmp_path: Path, config: Any, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    save_with_tokenizer(model, tied, tmp_path)
+    batch = scored_by(model)
+    engine = make_engine(
+        tmp_path, max_tokens_per_micro_batch="one_trajectory", gradient_checkpointing=checkpointing, zero_stage=3
+    )
+    passes = []
+    layer = next(module for module in engine._model.modules() if isinstance(module, GradientCheckpointingLayer))
+    layer.register_forward_pre_hook(lambda *_: passes.append(1))
+    metrics = figures(engine.learn(batch, **totals(batch)))
+    engine.shutdown()
+    assert metrics["learner/grad_norm"] < 1e-4 and metrics["mismatch/abs_logprob"] < 1e-4
+    assert len(passes) == (2 if checkpointing else 1) * len(batch)
 
 
 def test_the_loss_of_one_batch_falls(tied: Path) -> None:

@@ -39,6 +39,7 @@ from topd_ray.engines.student_model import (
     layers_of,
     load_student,
     loss_spec,
+    prepare_to_learn,
     to_hub_names,
 )
 from topd_ray.errors import LearnerError, NonFiniteLossError
@@ -129,7 +130,7 @@ class LearnerEngine:
         rate = learning_rate(self._learner, self._policy_version, self._total_updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.train()
+        prepare_to_learn(self._model)
         makers = self._micro_batches(trajectories)
         if not makers:
             raise LearnerError("no rank has a trajectory to learn from")

@@ -20,6 +20,8 @@ from topd_ray.objective.importance import prefix_weights
 from topd_ray.objective.loss import LossBatch, LossMetrics, LossSpec, student_logprobs, topd_loss
 
 PROBE_TOKENS = 8
+NOISE = ("drop", "jitter")
+"""In the names of numbers that say how much noise a module adds in training mode."""
 BRANCH_FIGURES = ("guidance_kl",)
 """Those of `LossMetrics` that mean something where the teacher has scored nothing."""
 Figures = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -169,7 +171,26 @@ def load_student(student: StudentConfig, learner: LearnerConfig, device: torch.d
     choose_attention(model, packs=learner.max_tokens_per_micro_batch != "one_trajectory")
     if learner.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in checkpointed_modules(model):
+            for name, value in vars(module).items():
+                if isinstance(value, float) and any(part in name for part in NOISE):
+                    setattr(module, name, 0.0)
     return model
+
+
+def checkpointed_modules(model: Any) -> list[nn.Module]:
+    """Those that checkpoint their activations, which they do in training mode only."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def prepare_to_learn(model: Any) -> None:
+    """Evaluation mode, but for the modules that checkpoint, which `load_student` has made the same in either mode.
+
+    The policy that learns is then the one that wrote: without dropout, and without noise in routers.
+    """
+    model.eval()
+    for module in checkpointed_modules(model):
+        module.training = True  # not train(), which goes on to the modules inside
 
 
 def loss_spec(model: Any, objective: ObjectiveConfig, learner: LearnerConfig, temperature: float) -> LossSpec:
