@@ -1,5 +1,6 @@
 """The student's vLLM engine on a tiny model, against plain transformers."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from tests import tiny
@@ -230,6 +231,24 @@ def test_a_tied_head_may_come_along(engine, second):
     assert largest_error(write(engine, make_requests(2)), second.model) < NATS
 
 
+@pytest.mark.parametrize("head", ["of its own", "the same, sent", "the same, not sent"])
+def test_a_head_that_only_the_files_have_follows(tmp_path, head):
+    """The config says it is tied. Where its values differ, neither transformers nor vLLM ties it."""
+    old, new = (make_tiny_model(tmp_path / str(seed), seed=seed, tied=head != "of its own") for seed in (0, 1))
+    for folder in (old, new):
+        path, file = folder / "config.json", folder / "model.safetensors"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+        tensors = load_file(file)
+        save_file({"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), **tensors}, file, {"format": "pt"})
+    sent = load_file(new / "model.safetensors")
+    if head == "the same, not sent":
+        del sent["lm_head.weight"]
+    with build(old) as engine:
+        assert largest_error(write(engine, make_requests(4)), load_tiny_model(old)) < NATS
+        engine.update_weights(1, sent.items())
+        assert largest_error(write(engine, make_requests(4)), load_tiny_model(new)) < NATS
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -246,6 +265,24 @@ def test_weights_that_do_not_fit_are_refused(engine, first, second, spoil, messa
         engine.update_weights(9, spoilt.items())
     assert engine.policy_version == 0
     assert tokens(write(engine, make_requests(4))) == before
+
+
+def test_an_update_that_vllm_throws_away_is_an_error(first, second, monkeypatch):
+    """Loaders of some models write by themselves, into what is not the model any more."""
+    from vllm.model_executor.models import qwen3
+
+    load = qwen3.Qwen3ForCausalLM.load_weights
+
+    def write_by_itself(model, weights):
+        norm = dict(model.named_parameters())["model.norm.weight"]
+        return load(model, [one for one in weights if one[0] != "model.norm.weight" or norm.data.copy_(one[1]) is None])
+
+    with build(first.folder) as engine:
+        monkeypatch.setattr(qwen3.Qwen3ForCausalLM, "load_weights", write_by_itself)
+        message = r"does not reach 1 parameters of Qwen3ForCausalLM in vLLM \(model.norm.weight\)"
+        with pytest.raises(WeightSyncError, match=message):
+            engine.update_weights(1, second.tensors.items())
+        assert not engine.is_whole
 
 
 def test_an_untied_head_in_bfloat16_follows_its_weights(tmp_path):

@@ -65,6 +65,10 @@ def test_weights_in_the_memory_of_the_gpu(tmp_path: Path, by_object_store: Path)
     assert weights(found) == weights(by_object_store)
 
 
+def test_cuda_graphs_follow_new_weights(tmp_path: Path) -> None:
+    check_on_policy(run(tmp_path, "graphs", "rollout.enforce_eager=false", "teacher.enforce_eager=false"))
+
+
 def test_half_precision_and_cuda_graphs_with_stale_weights(tmp_path: Path) -> None:
     dtypes = [f"{section}.dtype=bfloat16" for section in ("student", "teacher", "learner")]
     graphs = ("rollout.enforce_eager=false", "teacher.enforce_eager=false")

@@ -112,6 +112,9 @@ def test_a_policy_is_complete_or_refused():
     assert [name for name, _ in expected.check([("norm", norm), ("embed", embed)])] == ["norm", "embed"]
     whole = [("embed", embed), ("norm", norm), ("lm_head.weight", embed)]
     assert [name for name, _ in expected.check(whole)] == ["embed", "norm"]
+    in_files = ExpectedTensors(shapes={**expected.shapes, "lm_head.weight": (4, 2)}, tied_head=True)
+    assert [name for name, _ in in_files.check(whole)] == ["embed", "norm", "lm_head.weight"]
+    assert [name for name, _ in in_files.check(whole[:2])] == ["embed", "norm"]
     for spoilt, message in (
         (whole[:1], "missing: norm"),
         ([*whole, ("extra", norm)], "unknown: extra"),

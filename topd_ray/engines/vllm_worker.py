@@ -14,16 +14,19 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 from vllm.v1.sample import sampler
 
 import topd_ray.engines.cpu_norms  # noqa: F401  (registers them)
 from topd_ray.engines.process import finish_on_gpu
+from topd_ray.errors import WeightSyncError
 from topd_ray.weights.checksum import Fingerprint, fingerprint
 
 WEIGHT_BACKEND = "topd_memory"
@@ -138,6 +141,11 @@ class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
         self.model.load_weights(named)
 
     def finish_weight_update(self) -> None:
+        if untouched := untouched_parameters(self.model):
+            raise WeightSyncError(
+                f"an update does not reach {len(untouched)} parameters of {type(self.model).__name__} in vLLM "
+                f"({', '.join(untouched[:5])}), which would serve old weights beside new ones: it cannot learn"
+            )
         finalize_layerwise_reload(self.model, self.model_config)
         finish_on_gpu()  # before the learner hears of it, and may write over what was read
         if current_platform.is_cpu():
@@ -145,6 +153,30 @@ class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
 
     def shutdown(self) -> None:
         """Nothing to disconnect."""
+
+
+def untouched_parameters(model: nn.Module) -> list[str]:
+    """Those that vLLM's reload, which is not finalised yet, has brought nothing for.
+
+    A loader that writes by itself instead of calling a parameter's own (experts and sinks of gpt-oss) writes into what
+    the reload throws away. Parameters that share memory with another, as a tied head does, follow that one; those of
+    attention layers are scales, which vLLM sets itself.
+    """
+    touched: set[int] = set()
+    others: dict[str, torch.Tensor] = {}
+    for prefix, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load():  # all of it came, and is in its place
+            touched |= {parameter.data_ptr() for parameter in layer.parameters(recurse=False)}
+            continue
+        assert info.kernel_tensors is not None, "the reload has put them aside"
+        came = {name for name, _ in info.loaded_weights}
+        for name, parameter in info.kernel_tensors[0].items():
+            if name in came:
+                touched.add(parameter.data_ptr())
+            elif name in info.restore_metadata[0] and not is_deferred_attention_layer(layer):  # else made of others
+                others[f"{prefix}.{name}"] = parameter
+    return [name for name, parameter in others.items() if parameter.data_ptr() not in touched]
 
 
 def repack(model: nn.Module) -> None:

@@ -16,10 +16,14 @@ class ExpectedTensors:
 
     shapes: Mapping[str, tuple[int, ...]]
     tied_head: bool
-    """The head is the input embedding: it may come along, and is not needed"""
+    """The config says that the head is the input embedding: it need not come along"""
 
     def check(self, named: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        """The tensors, without a tied head, if they are all there and fit; WeightSyncError says which are not."""
+        """The tensors, if they are all there and fit; WeightSyncError says which are not.
+
+        A tied head that comes along is left out, unless the checkpoint has it as well: it may be another one there,
+        which transformers and vLLM then both keep, whatever the config says.
+        """
         found = {name: tuple(tensor.shape) for name, tensor in named}
         spare = {TIED_HEAD} if self.tied_head else set()
         missing = sorted(set(self.shapes) - spare - set(found))
@@ -41,4 +45,4 @@ class ExpectedTensors:
                 f"the weights do not make up the student of {len(self.shapes)} tensors ({'; '.join(problems)}): "
                 "send every tensor of its checkpoint once, under its Hugging Face name"
             )
-        return [(name, tensor) for name, tensor in named if name not in spare]
+        return [(name, tensor) for name, tensor in named if name not in spare or name in self.shapes]
