@@ -20,6 +20,7 @@ KILLS = 30
 """Within the time of the test run; `make chaos KILLS=100` for more."""
 
 
+@pytest.mark.timeout(2400)
 def test_thirty_kills_lose_nothing(tmp_path: Path) -> None:
     found = summary(tmp_path, chaos(tmp_path, KILLS, seed=0))
     assert found["kills"] == KILLS and is_unharmed(found), found
