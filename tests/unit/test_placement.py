@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topd_ray.actors import node_facts
+from topd_ray.actors import fleet, node_facts
 from topd_ray.actors.cluster import check_run_folder
 from topd_ray.actors.learner import interface_of
 from topd_ray.actors.nodes import Answer, problems_of
-from topd_ray.actors.placement import needs
+from topd_ray.actors.placement import needs, with_gpus_of
 from topd_ray.actors.room import Need, Node, shortage
 from topd_ray.config.load import load_config
 from topd_ray.errors import ConfigError, LearnerError
@@ -138,6 +138,28 @@ def test_gpus_are_shared_so_that_the_shares_of_each_fit() -> None:
         wanted = needs(load_config(DEMO), num_gpus=num_gpus)
         assert {one.num_gpus for one in wanted} == {share}
         assert shortage(wanted, [node("a", cpus=4, gpus=num_gpus)]) == []
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 8])
+def test_a_plan_stays_what_it_is_whatever_gpus_are_left(left: int) -> None:
+    config = load_config(DEMO, [*SHARING, "rollout.num_workers=2"])
+    wanted = needs(config, num_gpus=2)
+    assert needs(with_gpus_of(config, wanted), num_gpus=left) == wanted
+    assert {one.num_gpus for one in wanted} == {0.5}
+
+
+def test_a_fleet_has_its_plan_before_it_finds_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object, **__: object) -> None:
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(fleet, "start_ray", lambda config: None)
+    monkeypatch.setattr(fleet, "cluster_nodes", list)
+    monkeypatch.setattr(fleet, "reserve", no_room)
+    monkeypatch.setattr(fleet.ray, "cluster_resources", lambda: {"GPU": 2.0})
+    starting = fleet.RayFleet(load_config(DEMO, SHARING), total_updates=1)
+    with pytest.raises(ConfigError, match="no room"):
+        starting.start()
+    assert starting.planned.resources.gpus_per_learner == 0.5
 
 
 def test_workers_bound_to_labels_are_placed_before_those_that_would_take_their_nodes() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from topd_ray.actors.events import Event, Guided, Learned, Published, Written
 from topd_ray.actors.messages import GuidedChunk, GuidedItem, LearnerCheck, RolloutChunk
+from topd_ray.actors.placement import needs, with_gpus_of
 from topd_ray.actors.traffic import Traffic
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
@@ -24,23 +25,36 @@ ROOT = Path(__file__).parents[2]
 
 
 class Failing:
-    """A fleet whose sessions end one after the other, each after `seconds`, with `errors`."""
+    """A fleet whose sessions end one after the other, each after `seconds`, with `errors`.
+
+    The first one plans its workers with half a GPU each.
+    """
 
     def __init__(self, *errors: Exception, seconds: float = 0.0) -> None:
         self._errors = list(errors)
         self._seconds = seconds
         self.waits: list[float] = []
         """resources.wait_seconds of each session"""
+        self.shares: list[float | None] = []
+        """resources.gpus_per_learner of each session, as it begins"""
 
     def check(self, config: TopdConfig) -> None:
         pass
 
     def __call__(
         self, config: TopdConfig, total_updates: int, check_interrupt: Callable[[], None], say: Callable[[str], None]
-    ) -> None:
+    ) -> "Failing":
         self.waits.append(config.resources.wait_seconds)
+        self.shares.append(config.resources.gpus_per_learner)
+        self.planned = with_gpus_of(config, needs(config, num_gpus=2 if len(self.waits) == 1 else 0))
+        return self
+
+    def start(self) -> None:
         time.sleep(self._seconds)
         raise self._errors.pop(0)
+
+    def shutdown(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -65,6 +79,13 @@ def test_nodes_that_are_gone_are_waited_for_and_missed_in_the_end(plan: Plan) ->
     said = "learner rank 0 is lost, and the workers could not start again: no node can hold learner 0"
     assert str(caught.value) == said
     assert fleet.waits == [0.0, 77.0]
+
+
+def test_the_sessions_of_a_run_share_gpus_as_the_first_does_whatever_is_left(plan: Plan) -> None:
+    fleet = Failing(*[WorkerLostError("learner rank 0 is lost") for _ in range(3)])
+    with pytest.raises(WorkerLostError):
+        run(with_faults(plan, 2), fleet, print)  # type: ignore[arg-type]
+    assert fleet.shares == [None, 0.5, 0.5]
 
 
 def test_a_cluster_that_is_too_small_from_the_start_is_an_input_error(plan: Plan) -> None:
@@ -94,6 +115,7 @@ class Losing(Fleet):
         pass
 
     def __call__(self, config: TopdConfig, *_: object) -> "Losing":
+        self.planned = config
         return self
 
     def start(self) -> None:

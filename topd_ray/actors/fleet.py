@@ -29,7 +29,7 @@ from topd_ray.actors.events import (
 )
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, Normalisers, RolloutChunk
 from topd_ray.actors.nodes import check_nodes, check_place, look_at_place
-from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve
+from topd_ray.actors.placement import check_local_fit, cluster_nodes, local_cores, needs, reserve, with_gpus_of
 from topd_ray.actors.rollout import RemoteStudent
 from topd_ray.actors.sharing import balance_ranks, check_receipt, merge_reports, split_evenly
 from topd_ray.actors.traffic import Traffic
@@ -70,6 +70,7 @@ class RayFleet:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._config = config
+        self.planned = config
         self._total_updates = total_updates
         self._check_interrupt = check_interrupt
         self._say = say
@@ -95,6 +96,7 @@ class RayFleet:
         config = self._config
         start_ray(config)
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
+        self.planned = with_gpus_of(config, wanted)
         self._group = reserve(
             wanted,
             cluster_nodes(),

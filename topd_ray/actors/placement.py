@@ -75,6 +75,12 @@ def needs(config: TopdConfig, *, num_gpus: int) -> list[Need]:
     return sorted(found, key=lambda need: not need.labels)
 
 
+def with_gpus_of(config: TopdConfig, wanted: Sequence[Need]) -> TopdConfig:
+    """The config with the GPUs that `needs` has found, so that these stay what they are whatever the cluster loses."""
+    num_gpus = {f"gpus_per_{need.role}": need.num_gpus for need in wanted}
+    return config.model_copy(update={"resources": config.resources.model_copy(update=num_gpus)})
+
+
 def _check_sharing(config: TopdConfig, num_gpus: int, num_gpus_of: Mapping[str, float]) -> None:
     """Raise ConfigError for workers of which each gets `num_gpus_of` its role and that cannot share GPUs."""
     if config.weights.channel == "ipc" and num_gpus != 1:  # shares do not say of which GPU

@@ -7,7 +7,7 @@ from typing import Protocol
 from topd_ray.actors.events import Event
 from topd_ray.actors.messages import GuidedItem, LearnerCheck, RolloutChunk
 from topd_ray.actors.traffic import Traffic
-from topd_ray.config.schema import EvaluationConfig
+from topd_ray.config.schema import EvaluationConfig, TopdConfig
 from topd_ray.types import Completions, Prompt, RolloutRequest
 
 
@@ -46,6 +46,8 @@ class FlowFleet(Protocol):
 class Fleet(FlowFleet, Protocol):
     """All workers of a run. What follows is done when it returns, and asked between two updates."""
 
+    planned: TopdConfig
+    """The config with the GPUs that each worker gets, once these are known: that of the sessions after this one."""
     traffic: Traffic
     """Bytes the driver has received from workers so far."""
     learner_attention: str

@@ -38,6 +38,7 @@ class InlineFleet:
     ) -> None:
         store = LocalStore()
         self._config = config
+        self.planned = config
         self.traffic = Traffic()
         self._rollouts: deque[Iterator[Event]] = deque()
         self._orders: deque[Iterator[Event]] = deque()

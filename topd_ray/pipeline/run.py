@@ -66,8 +66,9 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
         write_whole(folder / "config.yaml", dump_config(plan.config))
         lost: WorkerLostError | None = None
         while True:
+            fleet = fleet_class(plan.config, plan.total_updates, interrupt.check, say)
             try:
-                return _run_session(plan, fleet_class, interrupt, say, setbacks)
+                return _run_session(plan, fleet, interrupt, say, setbacks)
             except ConfigError as error:
                 if lost is None:
                     raise
@@ -78,15 +79,14 @@ def run(plan: Plan, fleet_class: FleetClass, say: Say) -> RunState:
                     too_often = f"the run had to begin again {setbacks.budget}"
                     raise WorkerLostError(f"{too_often}, the last time: {error}") from error
                 say(f"{error}; all workers start again, from the last checkpoint")
-                plan = plan_run(again(plan.config), say)
+                plan = plan_run(again(fleet.planned), say)
 
 
-def _run_session(plan: Plan, fleet_class: FleetClass, interrupt: Interrupt, say: Say, setbacks: Setbacks) -> RunState:
+def _run_session(plan: Plan, fleet: Fleet, interrupt: Interrupt, say: Say, setbacks: Setbacks) -> RunState:
     with ExitStack() as stack:
         books = Books.open(plan)
         stack.callback(books.close)
         say("starting the workers")
-        fleet = fleet_class(plan.config, plan.total_updates, interrupt.check, say)
         stack.callback(fleet.shutdown)
         stack.enter_context(_post_mortem(plan.config, setbacks, say))
         fleet.start()
