@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,22 @@ from topd_ray.pipeline.plan import Say
 from topd_ray.redaction import SECRET_NAME, Redactor
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 NOT_SENT = (".venv", ".git", "runs", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
 """Left out of the upload, besides what .gitignore names. Patterns as in .gitignore."""
 STOP_SECONDS = "600"
 """How long `ray job stop` waits for the update in progress and the checkpoint before it kills; Ray's own is 3 s."""
-POLL_SECONDS = 0.5
+POLL_SECONDS = 2.0
+ASK_SECONDS = 30.0
+"""How long one question to the dashboard may take."""
+SILENT_SECONDS = 300.0
+"""How long the dashboard may not say how a job is."""
+QUIET_SECONDS = 300.0
+"""After which a connection that brings no output is taken for dead and made anew."""
+REST_SECONDS = 30.0
+"""For the rest of the output, once the job has ended."""
 
 
 def submit(
@@ -150,14 +159,10 @@ def _follow(client: "JobSubmissionClient", job: str, address: str) -> int:
     from ray.job_submission import JobStatus
 
     try:
-        asyncio.run(_print_log(client, job))
-        while not (info := client.get_job_info(job)).status.is_terminal():
-            time.sleep(POLL_SECONDS)
+        info = asyncio.run(_watch(client, job))
     except KeyboardInterrupt:
         print(f"\njob {job} goes on; to see it again: ray job logs --follow --address {address} {job}")
         return 128 + signal.SIGINT
-    except (RuntimeError, OSError) as error:
-        raise TopdError(f"lost sight of job {job}, which may go on: {error}; ask `ray job status {job}`") from error
     if info.status == JobStatus.STOPPED:
         return 128 + signal.SIGTERM
     if info.status == JobStatus.FAILED and info.driver_exit_code is None:
@@ -169,6 +174,79 @@ def _follow(client: "JobSubmissionClient", job: str, address: str) -> int:
     return 128 - code if code < 0 else code
 
 
-async def _print_log(client: "JobSubmissionClient", job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+async def _watch(client: "JobSubmissionClient", job: str) -> "JobDetails":
+    """Print the job's output until the cluster says that it has ended; what it says then.
+
+    The end of a log connection says nothing of the job. Raises TopdError where nobody has said for SILENT_SECONDS how
+    the job is.
+    """
+    from ray.exceptions import AuthenticationError
+
+    client._do_request = partial(client._do_request, timeout=ASK_SECONDS)  # Ray's own waits for ever
+    log = _Log(client, job)
+    answered_at = time.monotonic()
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        try:
+            info = await asyncio.to_thread(client.get_job_info, job)
+        except (RuntimeError, OSError, AuthenticationError) as error:
+            if time.monotonic() > answered_at + SILENT_SECONDS:
+                raise TopdError(
+                    f"lost sight of job {job}, which may go on: {error}; ask `ray job status {job}`"
+                ) from error
+        else:
+            answered_at = time.monotonic()
+            if info.status.is_terminal():
+                await log.end()
+                return info
+            log.go_on()
+
+
+class _Log:
+    """A job's output, printed as it comes. Each connection gets it from its start."""
+
+    def __init__(self, client: "JobSubmissionClient", job: str) -> None:
+        self._client = client
+        self._job = job
+        self._num_printed = 0
+        self._has_stopped = False
+        self._reading = asyncio.create_task(self._print())
+
+    def go_on(self) -> None:
+        """Connect again if need be."""
+        if self._reading.done():
+            if not self._has_stopped:
+                print(f"job {self._job} goes on, but its output does not come any more: connecting again", flush=True)
+            self._has_stopped = True
+            self._reading = asyncio.create_task(self._print())
+
+    async def end(self) -> None:
+        """Print the rest of a job that has ended."""
+        if await self._is_whole():
+            return
+        self._reading.cancel()
+        self._reading = asyncio.create_task(self._print())
+        if not await self._is_whole():
+            print(f"the end of the output is missing: `ray job logs {self._job}`", flush=True)
+
+    async def _is_whole(self) -> bool:
+        """Whether all has come within REST_SECONDS."""
+        await asyncio.wait([self._reading], timeout=REST_SECONDS)
+        return self._reading.done() and self._reading.result()
+
+    async def _print(self) -> bool:
+        """Until the connection closes, or nothing has come for QUIET_SECONDS; whether it closed in order."""
+        import aiohttp
+
+        now = asyncio.get_running_loop().time
+        num_read = 0
+        try:
+            async with asyncio.timeout(QUIET_SECONDS) as limit:
+                async for text in self._client.tail_job_logs(self._job):
+                    limit.reschedule(now() + QUIET_SECONDS)
+                    print(text[max(0, self._num_printed - num_read) :], end="", flush=True)
+                    num_read += len(text)
+                    self._num_printed = max(self._num_printed, num_read)
+        except (aiohttp.ClientError, RuntimeError, OSError):  # TimeoutError is one
+            return False
+        return True
