@@ -152,7 +152,7 @@ def test_a_fleet_has_its_plan_before_it_finds_room(monkeypatch: pytest.MonkeyPat
     def no_room(*_: object, **__: object) -> None:
         raise ConfigError("no room")
 
-    monkeypatch.setattr(fleet, "start_ray", lambda config: None)
+    monkeypatch.setattr(fleet, "start_ray", lambda config, say: None)
     monkeypatch.setattr(fleet, "cluster_nodes", list)
     monkeypatch.setattr(fleet, "reserve", no_room)
     monkeypatch.setattr(fleet.ray, "cluster_resources", lambda: {"GPU": 2.0})

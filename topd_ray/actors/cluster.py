@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
@@ -21,6 +22,8 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TOP_PAD_": str(64 * 1024**2),
 }
 """For glibc's malloc, which takes no larger first threshold. What the driver's environment says comes first."""
+NUM_TRIES = 3
+"""To start Ray on this machine."""
 TOKEN_ADVICE = (
     "right would be RAY_AUTH_MODE=token and the cluster's own token in RAY_AUTH_TOKEN, in the file that "
     "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
@@ -41,33 +44,51 @@ def check_run_folder(folder: Path) -> None:
         )
 
 
-def start_ray(config: TopdConfig) -> None:
-    """Join the cluster that is named, or start one on this machine.
+def start_ray(config: TopdConfig, say: Callable[[str], None] = lambda line: None) -> None:
+    """Join the cluster that is named, or start one on this machine. `say` hears of tries that fail.
 
     A local cluster counts the workers' threads as its CPUs: writing and learning take turns on the same cores.
-    Raises ConfigError if the cluster does not answer, does not take the token, has another version of Ray, or exports
-    no metrics though the config asks for them.
+    Raises ConfigError if this machine is too busy, or if the cluster does not answer, does not take the token, has
+    another version of Ray, or exports no metrics though the config asks for them.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     address = cluster_address(config)
     if address is not None:
         _join(address)
     else:
-        num_gpus = torch.cuda.device_count()
-        ray.init(
-            address="local",
-            num_cpus=sum(need.num_cpus for need in needs(config, num_gpus=num_gpus)),
-            num_gpus=num_gpus,
-            object_store_memory=config.resources.object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _start_here(config, say)
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
     if config.metrics.prometheus:
         scrape_address()
+
+
+def _start_here(config: TopdConfig, say: Callable[[str], None]) -> None:
+    num_gpus = torch.cuda.device_count()
+    num_cpus = sum(need.num_cpus for need in needs(config, num_gpus=num_gpus))
+    for number in range(1, NUM_TRIES + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                object_store_memory=config.resources.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:
+            if type(error) is not Exception:  # Ray has no other class for processes that are not up in time
+                raise
+            say(f"Ray did not start on this machine, try {number} of {NUM_TRIES}: {error}")
+            ray.shutdown()
+    raise ConfigError(
+        f"Ray did not start on this machine in {NUM_TRIES} tries, as if it were too busy: its processes have half a "
+        "minute each time; right would be to try when less is running, or the address of a cluster that runs already "
+        "(`ray start --head`) in resources.ray_address. What hindered it is in /tmp/ray/session_latest/logs"
+    )
 
 
 def _join(address: str) -> None:

@@ -94,7 +94,7 @@ class RayFleet:
 
     def start(self) -> None:
         config = self._config
-        start_ray(config)
+        start_ray(config, self._say)
         wanted = needs(config, num_gpus=int(ray.cluster_resources().get("GPU", 0.0)))
         self.planned = with_gpus_of(config, wanted)
         self._group = reserve(
