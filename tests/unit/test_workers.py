@@ -8,7 +8,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    UnserializableException,
+)
 
 from topd_ray.actors.answers import is_loss, reason_of
 from topd_ray.actors.calls import Calls
@@ -247,10 +253,15 @@ def test_slow_restarts_with_progress_after_each_go_on_for_ever() -> None:
             False,
             "ValueError: no such token",
         ),
+        (
+            UnserializableException("ray::setup()\n  File\nhub.MissesFile: no weights\n"),
+            False,
+            "hub.MissesFile: no weights",
+        ),
         (RolloutError("it is broken"), False, "it is broken"),
         (RolloutError(), False, "RolloutError"),
     ],
-    ids=["died", "unavailable", "memory", "code", "own", "wordless"],
+    ids=["died", "unavailable", "memory", "code", "not unpickled", "own", "wordless"],
 )
 def test_whether_a_worker_is_gone_and_why(error: Exception, gone: bool, reason: str) -> None:
     if isinstance(error, RayTaskError):

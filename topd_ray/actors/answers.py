@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError, UnserializableException
 
 from topd_ray.actors.calls import Limit
 from topd_ray.actors.crew import Crew
@@ -19,16 +19,19 @@ PEER_SECONDS = 10.0
 
 def is_loss(error: Exception) -> bool:
     """Whether `error` says that a worker is gone, and not that its code has failed."""
-    return isinstance(error, RayActorError) or (isinstance(error, RayError) and not isinstance(error, RayTaskError))
+    return isinstance(error, RayActorError) or (
+        isinstance(error, RayError) and not isinstance(error, RayTaskError | UnserializableException)
+    )
 
 
 def reason_of(error: Exception | str) -> str:
     """One line that says what has happened."""
     if isinstance(error, RayTaskError) and error.cause is not None:  # whose own words are a traceback
-        error = (
-            error.cause if isinstance(error.cause, RayActorError) else f"{type(error.cause).__name__}: {error.cause}"
-        )
+        is_rays = isinstance(error.cause, RayActorError | UnserializableException)
+        error = error.cause if is_rays else f"{type(error.cause).__name__}: {error.cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UnserializableException):  # whose first lines are Ray's advice and a traceback
+        return lines[-1]
     return lines[0] if lines else type(error).__name__
 
 
