@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import (
+    ActorDiedError,
     ActorUnavailableError,
     OutOfMemoryError,
     RayActorError,
@@ -274,6 +276,23 @@ def test_the_loss_of_another_worker_that_a_call_waited_for() -> None:
     died = RayActorError(error_msg="The actor died unexpectedly.")
     waited = RayTaskError("update_weights", "Traceback", died).as_instanceof_cause()
     assert is_loss(waited) and reason_of(waited) == "The actor died unexpectedly."
+
+
+def test_why_an_actor_is_dead() -> None:
+    causes = (
+        "its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits "
+        "with a connection error code 2. End of file. Some common causes include: (1) the process was killed by the "
+        "OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly "
+        "due to SIGSEGV or another unexpected error."
+    )
+    advice = (
+        "If the process was killed by the kernel OOM killer (verifiable by checking for OOM in dmesg), consider it."
+    )
+    message = f"The actor is dead because {causes} {advice}"
+    died = ActorDiedError(ActorDiedErrorContext(class_name="Worker", actor_id=b"0" * 16, pid=3, error_message=message))
+    assert reason_of(died) == f"The actor died unexpectedly before finishing this task: {causes} ..."
+    waited = RayTaskError("update_weights", "Traceback", RayActorError(error_msg=str(died))).as_instanceof_cause()
+    assert reason_of(waited) == reason_of(died)
 
 
 def test_the_users_own_malloc_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Answers of actors: the errors they raise as their own class, and calls that the driver waits for."""
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from topd_ray.errors import TopdError, WorkerLostError
 POLL_SECONDS = 0.5
 PEER_SECONDS = 10.0
 """How long after a learner rank has failed the death of another may still be the reason."""
+DEAD_BECAUSE = "The actor is dead because "
+DEATH_CHARS = 370
+"""Of why an actor is dead: Ray's causes of a sudden end, without its advice."""
 
 
 def is_loss(error: Exception) -> bool:
@@ -32,6 +36,11 @@ def reason_of(error: Exception | str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, UnserializableException):  # whose first lines are Ray's advice and a traceback
         return lines[-1]
+    if isinstance(error, RayActorError):  # then where it was, and why it is dead
+        for line in lines[1:]:
+            if line.startswith(DEAD_BECAUSE):
+                why = textwrap.shorten(line.removeprefix(DEAD_BECAUSE), DEATH_CHARS, placeholder=" ...")
+                return f"{lines[0].removesuffix('.')}: {why}"
     return lines[0] if lines else type(error).__name__
 
 
