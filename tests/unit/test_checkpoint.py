@@ -71,6 +71,64 @@ def test_a_disk_that_fills_up_under_torch_is_reported_the_same_way(tmp_path: Pat
     assert done.stdout.splitlines()[-1] == "1 ['latest', 'step-000001']"
 
 
+@pytest.mark.parametrize("stubborn", ["old", "tmp"])
+def test_what_cannot_be_deleted_is_said_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: str
+) -> None:
+    """Old checkpoints, and what a save that failed or was killed has left; also under the same step's name."""
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
+    real = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not path.name.endswith(f".{stubborn}"):
+            real(path)
+        elif not ignore_errors:
+            raise OSError(16, "Device or resource busy", str(path))
+
+    def disk_full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    checkpoints.save(state(1), write())
+    checkpoints.save(state(2), write())
+    with pytest.raises(CheckpointError):
+        checkpoints.save(state(3), disk_full)
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000001")
+    for step in (3, 4):
+        checkpoints.save(state(step), write())
+        loaded = checkpoints.load()
+        assert loaded is not None and loaded[0] == state(step)
+    lasting = tmp_path / (".step-000001.0.old" if stubborn == "old" else ".step-000003.0.tmp")
+    assert said.count(
+        f"{lasting} cannot be deleted ([Errno 16] Device or resource busy: '{lasting}'); the next checkpoint will try "
+        "again"
+    ) == (4 if stubborn == "old" else 2)
+    assert (tmp_path / ".step-000001.1.old").exists() == (stubborn == "old")
+    monkeypatch.undo()
+    checkpoints.save(state(5), write())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000005"]
+
+
+def test_a_checkpoint_that_keeps_its_name_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state(1), write())
+    real = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name == "step-000001":
+            raise OSError(16, "Device or resource busy", str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    checkpoints.save(state(2), write())
+    loaded = checkpoints.load()
+    assert loaded is not None and loaded[0] == state(2)
+    monkeypatch.undo()
+    checkpoints.save(state(3), write())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000003"]
+
+
 def test_going_on_from_an_earlier_checkpoint_drops_the_abandoned_ones(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (1, 5):

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +58,31 @@ class Examined:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, keep: int, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        identity: Identity | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """`identity` is written into each checkpoint, and those of another one are refused; unset, any is taken."""
         self._folder = folder
         self._keep = keep
         self._identity = identity
+        self._say = say
 
     def save(self, state: RunState, write_learner: Callable[[Path], None]) -> Path:
         """Write a checkpoint and point at it; then delete the oldest ones.
 
-        A process that is killed at any point leaves the checkpoint before, or this one, to `load`. Raises
-        CheckpointError if it cannot be written, and WorkerLostError if a learner rank is lost meanwhile; the
-        checkpoints before it stay as they are.
+        A process that is killed at any point leaves the checkpoint before, or this one, to `load`. What cannot be
+        deleted is said, and tried again by the next save. Raises CheckpointError if it cannot be written, and
+        WorkerLostError if a learner rank is lost meanwhile; the checkpoints before it stay as they are.
         """
         target = self._folder / self._free_name(state.step)
-        unfinished = self._folder / f".{target.name}.tmp"
+        for leftover in self._folder.glob(".step-*"):
+            self._delete(leftover)
+        unfinished = self._hidden(target.name, "tmp")
         try:
-            for leftover in self._folder.glob(".step-*"):
-                shutil.rmtree(leftover)
             (unfinished / "learner").mkdir(parents=True)
             write_learner(unfinished / "learner")
             (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=1, sort_keys=True) + "\n")
@@ -156,10 +164,19 @@ class Checkpoints:
         name = f"step-{step:06d}"
         return f"{name}.1" if self.latest() == name else name
 
-    def _delete(self, path: Path) -> None:
-        hidden = path.with_name(f".{path.name}.old")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+    def _hidden(self, name: str, ending: str) -> Path:
+        """A name that is free, whatever could not be deleted."""
+        paths = (self._folder / f".{name}.{number}.{ending}" for number in count())
+        return next(path for path in paths if not path.exists())
+
+    def _delete(self, folder: Path) -> None:
+        """A checkpoint loses its name before its files."""
+        try:
+            if NAME.fullmatch(folder.name):
+                folder = folder.rename(self._hidden(folder.name, "old"))
+            shutil.rmtree(folder)
+        except OSError as error:
+            self._say(f"{folder} cannot be deleted ({error}); the next checkpoint will try again")
 
     def _point_at(self, name: str) -> None:
         write_whole(self._folder / "latest", name + "\n")

@@ -152,7 +152,9 @@ class Session:
         self._setbacks = setbacks
         self._say = say
         self._folder = plan.config.run.folder.absolute()
-        self._checkpoints = Checkpoints(self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity)
+        self._checkpoints = Checkpoints(
+            self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity, say
+        )
         self._state = plan.state
         self._tasks = plan.tasks
         self._distances = plan.distances
