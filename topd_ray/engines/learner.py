@@ -210,7 +210,7 @@ class LearnerEngine:
         tensors = dict(self.state_tensors())
         if self._rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write_student(self._model, tensors, Path(folder))
+            write_student(self._model, tensors, self._student, Path(folder))
             copy_tokenizer(tokenizer_source or self._student.model, self._student.revision, Path(folder))
         self._barrier()
 
