@@ -118,7 +118,8 @@ def totals(batch: Sequence[GuidedTrajectory]) -> dict[str, Any]:
 def make_engine(
     folder: Path, *, steps: Mapping[str, Any] = PLAIN_STEPS, objective: ObjectiveConfig | None = None, **changes: Any
 ) -> LearnerEngine:
-    in_group = {key: changes.pop(key) for key in ("rank", "world_size", "init_method") if key in changes}
+    keys = ("rank", "world_size", "init_method", "timeout_seconds")
+    in_group = {key: changes.pop(key) for key in keys if key in changes}
     return LearnerEngine(
         StudentConfig(model=str(folder)),
         LearnerConfig(**{"zero_stage": 0, "max_tokens_per_micro_batch": 40, **steps, **changes}),

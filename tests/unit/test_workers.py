@@ -64,6 +64,7 @@ def failing_learner(folder: Path, store: Store | None = None) -> LearnerWorker:
         temperature=1.0,
         total_updates=1,
         rank=1,
+        timeout_seconds=1.0,
         threads=1,
         seed=0,
         deterministic=False,

@@ -56,6 +56,7 @@ def learner_part(config: TopdConfig, *, rank: int, total_updates: int) -> dict[s
         "temperature": config.rollout.temperature,
         "total_updates": total_updates,
         "rank": rank,
+        "timeout_seconds": max(config.faults.stall_seconds, config.faults.replace_seconds),
         "threads": threads(config, "learner"),
         "seed": config.run.seed,
         "deterministic": config.run.deterministic,

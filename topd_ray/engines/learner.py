@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from datetime import timedelta
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -63,15 +64,17 @@ class LearnerEngine:
         rank: int = 0,
         world_size: int = 1,
         init_method: str | None = None,
+        timeout_seconds: float = 1800.0,
         threads: int = 1,
         seed: int = 0,
         deterministic: bool = False,
     ) -> None:
         """Load the student and, with several ranks, meet the others at `init_method` (tcp://host:port) (collective).
 
-        `total_updates` is what the learning-rate schedule ends at. `deterministic` makes PyTorch refuse every operation
-        without a reproducible implementation, in the whole process. Raises ConfigError if the student cannot be loaded
-        or has an unsupported head or attention, LearnerError if the ranks cannot meet.
+        Ranks wait at most `timeout_seconds` for each other. `total_updates` is what the learning-rate schedule ends at.
+        `deterministic` makes PyTorch refuse every operation without a reproducible implementation, in the whole
+        process. Raises ConfigError if the student cannot be loaded or has an unsupported head or attention,
+        LearnerError if the ranks cannot meet.
         """
         self._deepspeed = _import_deepspeed()
         torch.set_num_threads(threads)
@@ -82,8 +85,8 @@ class LearnerEngine:
             os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
             torch.use_deterministic_algorithms(True)
         self._device = own_device()
-        meet(self._device, rank, world_size, init_method)
-        _follow_default_group(self._deepspeed)
+        meet(self._device, rank, world_size, init_method, timeout_seconds)
+        _follow_default_group(self._deepspeed, timeout_seconds)
 
         self._student, self._learner = student, learner
         self._rank, self._world_size = rank, world_size
@@ -363,13 +366,15 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _follow_default_group(deepspeed: Any) -> None:
+def _follow_default_group(deepspeed: Any, timeout_seconds: float) -> None:
     """Make DeepSpeed use the default process group, also if it knows an earlier one of this process.
 
-    Another engine may have taken that one down, and DeepSpeed keeps a copy of it for good.
+    Another engine may have taken that one down, and DeepSpeed keeps a copy of it for good. The copy is made here: in
+    DeepSpeed's own ranks wait for each other as long as torch's default says.
     """
     if LearnerEngine.default_group is not dist.group.WORLD:
-        deepspeed.utils.groups._WORLD_GROUP = None
+        ranks, timeout = list(range(dist.get_world_size())), timedelta(seconds=timeout_seconds)
+        deepspeed.utils.groups._WORLD_GROUP = dist.new_group(ranks, timeout=timeout)
         deepspeed.utils.groups._ALL_TO_ALL_GROUP = {}
         LearnerEngine.default_group = dist.group.WORLD
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
