@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections import namedtuple
 from pathlib import Path
@@ -157,6 +158,35 @@ def test_yarn_stretches_positions(model: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     (model / "config.json").write_text(json.dumps({**CONFIG, "rope_parameters": rope}))
     assert inspect_folder(model)[0].max_positions == 2048
+
+
+ROPE = {"type": "su", "short_factor": [1.0], "long_factor": [4.0]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": ROPE, "original_max_position_embeddings": 177},
+        {"rope_parameters": {**ROPE, "rope_type": "longrope", "original_max_position_embeddings": 177}},
+    ],
+    ids=["Phi-3", "transformers 5"],
+)
+def test_a_student_with_long_rope_keeps_to_its_short_factors(model: Path, changes: dict[str, Any]) -> None:
+    """A teacher does not, nor a student that is only evaluated: all that they do is done in vLLM."""
+    teacher = model.parent / "teacher"
+    shutil.copytree(model, teacher)
+    for folder in (model, teacher):
+        (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    sections = {"teacher": {"model": str(teacher)}, "near_future": {"window": 20}}
+    check_inputs(config_of(model, **sections))
+    longer = config_of(model, **sections, rollout={"max_new_tokens": 129})
+    assert problems(longer) == [
+        "rollout.max_new_tokens: found data.max_prompt_tokens 48 + longest response 129 + 1 = 178 tokens, right would "
+        "be at most the student's 177 original positions: beyond them vLLM and the learner differ in LongRoPE"
+    ]
+    check_inputs(longer, training=False)
+    beside = config_of(model, **{**sections, "near_future": {"window": 20, "guidance_context": "teacher"}})
+    assert "longest response 128 + 1 + near_future.window 20 = 197 tokens" in problems(beside)[0]
 
 
 def test_top_k_beyond_the_vocabulary(model: Path) -> None:

@@ -79,7 +79,7 @@ def check_inputs(config: TopdConfig, *, training: bool = True) -> None:
         *(_data("data.heldout", config.data.heldout) if config.data.heldout is not None else ()),
     ]
     if training:
-        problems += [*_run_folder(config), *_disk(config, student)]
+        problems += [*_long_rope(config, student), *_run_folder(config), *_disk(config, student)]
     if problems:
         raise report("config", problems)
 
@@ -124,21 +124,35 @@ def _vocabulary(config: TopdConfig, teacher: ModelFacts) -> Iterator[str]:
 
 
 def _lengths(config: TopdConfig, student: ModelFacts, teacher: ModelFacts) -> Iterator[str]:
-    """vLLM draws a token after whatever it scores: engines are built for one token more than the longest sequence."""
-    answer = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
-    wanted = config.data.max_prompt_tokens + answer + 1
-    terms = f"data.max_prompt_tokens {config.data.max_prompt_tokens} + longest response {answer} + 1"
-    window = config.near_future.window
-    for role, facts, ahead in (
-        ("student", student, window if config.near_future.branches else 0),
-        ("teacher", teacher, window),
-    ):
-        if facts.max_positions is not None and wanted + ahead > facts.max_positions:
-            with_window = f" + near_future.window {ahead}" if ahead else ""
+    for role, facts in (("student", student), ("teacher", teacher)):
+        wanted, terms = _longest(config, role)
+        if facts.max_positions is not None and wanted > facts.max_positions:
             yield (
-                f"rollout.max_new_tokens: found {terms}{with_window} = {wanted + ahead} tokens, right would be at most "
-                f"the {role}'s {facts.max_positions} positions"
+                f"rollout.max_new_tokens: found {terms} = {wanted} tokens, right would be at most the {role}'s "
+                f"{facts.max_positions} positions"
             )
+
+
+def _long_rope(config: TopdConfig, student: ModelFacts) -> Iterator[str]:
+    """vLLM takes the long factors in an engine built for long sequences, the learner in a pass with a long one."""
+    wanted, terms = _longest(config, "student")
+    if student.short_positions is not None and wanted > student.short_positions:
+        yield (
+            f"rollout.max_new_tokens: found {terms} = {wanted} tokens, right would be at most the student's "
+            f"{student.short_positions} original positions: beyond them vLLM and the learner differ in LongRoPE"
+        )
+
+
+def _longest(config: TopdConfig, role: str) -> tuple[int, str]:
+    """Tokens of the longest sequence that engines of `role` are built for, and what they add up from.
+
+    vLLM draws a token after whatever it scores: that is one more.
+    """
+    prompt = config.data.max_prompt_tokens
+    answer = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    ahead = config.near_future.window if role == "teacher" or config.near_future.branches else 0
+    terms = f"data.max_prompt_tokens {prompt} + longest response {answer} + 1"
+    return prompt + answer + 1 + ahead, terms + (f" + near_future.window {ahead}" if ahead else "")
 
 
 def _data(key: str, source: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ from topd_ray.config.text import expanded, read_text
 from topd_ray.errors import ConfigError
 
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_LONG_ROPE = ("longrope", "su")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -23,6 +24,8 @@ class ModelFacts:
     """rows of the embedding, padding included"""
     max_positions: int | None
     """longest sequence the positions allow (tokens)"""
+    short_positions: int | None = None
+    """of a LongRoPE model: longest sequence for which its rotary factors are the short ones (tokens)"""
     num_parameters: int | None
     """None where they cannot be counted"""
 
@@ -57,7 +60,10 @@ def inspect_folder(folder: Path) -> tuple[ModelFacts, list[str]]:
     text_config = config.get("text_config")
     config = text_config if isinstance(text_config, dict) else config
     facts = ModelFacts(
-        vocab_size=_whole(config.get("vocab_size")), max_positions=_max_positions(config), num_parameters=num_parameters
+        vocab_size=_whole(config.get("vocab_size")),
+        max_positions=_max_positions(config),
+        short_positions=_short_positions(config),
+        num_parameters=num_parameters,
     )
     return facts, problems
 
@@ -107,15 +113,30 @@ def _parameters_of_file(path: Path) -> int:
 def _max_positions(config: Mapping[str, Any]) -> int | None:
     """Longest sequence, the stretching of rotary positions included."""
     longest = _whole(config.get("max_position_embeddings"))
-    scaling = config.get("rope_parameters") or config.get("rope_scaling")
-    if longest is None or not isinstance(scaling, dict):
-        return longest
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind, scaling = _rope(config)
     factor = scaling.get("factor")
-    if kind in ("default", "llama3", "longrope", "su") or not isinstance(factor, (int, float)):
+    if longest is None or kind in ("default", "llama3", *_LONG_ROPE) or not isinstance(factor, (int, float)):
         return longest
     original = _whole(scaling.get("original_max_position_embeddings")) or longest
     return max(longest, int(original * factor))
+
+
+def _short_positions(config: Mapping[str, Any]) -> int | None:
+    kind, scaling = _rope(config)
+    if kind not in _LONG_ROPE:
+        return None
+    original = "original_max_position_embeddings"
+    return (
+        _whole(scaling.get(original)) or _whole(config.get(original)) or _whole(config.get("max_position_embeddings"))
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Kind and parameters of the rotary positions."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return "default", {}
+    return str(scaling.get("rope_type", scaling.get("type", "default"))), scaling
 
 
 def _read_object(path: Path) -> dict[str, Any]:
