@@ -14,6 +14,7 @@ from topd_ray.data.tokenizer import load_tokenizer
 from topd_ray.errors import CheckpointError, WorkerLostError
 from topd_ray.pipeline.checkpoint import Checkpoints, RunState, step_of
 from topd_ray.pipeline.identity import run_identity
+from topd_ray.pipeline.manifest import write_manifest
 
 
 def write(content: str = "weights") -> object:
@@ -34,6 +35,19 @@ def test_gives_back_the_newest_state(tmp_path: Path) -> None:
     assert loaded[0] == state(3)
     assert (loaded[1] / "rank-0.pt").read_text() == "weights 3"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000002", "step-000003"]
+
+
+def test_a_state_without_the_runs_end_is_read(tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    folder = checkpoints.save(state(1), write())
+    content = json.loads((folder / "state.json").read_text())
+    del content["total_updates"]
+    (folder / "state.json").write_text(json.dumps(content))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {})
+    loaded = checkpoints.load()
+    assert loaded is not None and loaded[0] == state(1)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path) -> None:

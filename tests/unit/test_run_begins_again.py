@@ -232,3 +232,26 @@ def test_a_learner_that_is_lost_at_newer_and_newer_updates_comes_to_the_end(plan
     assert fleet.num_sessions == 5
     assert read_ledger(plan.config.run.folder / "ledger.jsonl").faults == ()
     assert not (plan.config.run.folder / "failed_batch").exists()
+
+
+def test_a_run_with_another_end_says_what_becomes_of_the_learning_rate(plan: Plan) -> None:
+    def go(steps: int, **state: object) -> list[str]:
+        said: list[str] = []
+        learner = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.0}
+        config = plan.config.model_copy(
+            update={
+                "run": plan.config.run.model_copy(update={"steps": steps}),
+                "learner": plan.config.learner.model_copy(update=learner),
+            }
+        )
+        again = plan_run(config, said.append)
+        run(replace(again, state=replace(again.state, **state)), Losing(), said.append)  # type: ignore[arg-type]
+        return [line for line in said if "learning rate" in line]
+
+    assert go(6) == []
+    assert go(6) == []
+    assert go(12) == [
+        "the run was to end at update 6, and ends at 12 now: the learning rate of update 7 is 0.0005 instead of 0"
+    ]
+    assert go(12) == []
+    assert go(16, total_updates=None) == [], "checkpoints of earlier versions do not tell"

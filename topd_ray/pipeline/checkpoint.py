@@ -30,6 +30,8 @@ class RunState:
 
     step: int = 0
     """updates made"""
+    total_updates: int | None = None
+    """where the run was to end; None in checkpoints that do not say"""
     policy_version: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     """of the PromptSchedule"""

@@ -16,6 +16,7 @@ from topd_ray.config.load import dump_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.data.schedule import rollout_requests
 from topd_ray.engines.attention import EAGER
+from topd_ray.engines.optimisation import learning_rate
 from topd_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -155,7 +156,7 @@ class Session:
         self._checkpoints = Checkpoints(
             self._folder / "checkpoints", plan.config.run.keep_checkpoints, plan.identity, say
         )
-        self._state = plan.state
+        self._state = replace(plan.state, total_updates=plan.total_updates)
         self._tasks = plan.tasks
         self._distances = plan.distances
         self._started = time.monotonic() - plan.state.seconds
@@ -202,6 +203,7 @@ class Session:
         if self._plan.learner_folder is not None:
             self._fleet.load_learner(self._plan.learner_folder)
             self._say(f"resumed at update {self._state.step} of {self._plan.total_updates}")
+            self._say_other_rate()
         self._state = replace(self._state, policy_version=self._fleet.publish_weights())
         report = preflight(self._fleet, self._config, self._preflight_requests(), self._say)
         self._books.write_metrics(self._state.step, reduce(report.metrics()))
@@ -216,6 +218,16 @@ class Session:
             check_interrupt=self._interrupt.check,
             say=self._say,
         )
+
+    def _say_other_rate(self) -> None:
+        """Where a run ends decides on the learning rate of each of its updates."""
+        was, now, step = self._plan.state.total_updates, self._plan.total_updates, self._state.step
+        if was is not None and was != now:
+            before, after = (learning_rate(self._config.learner, step, total) for total in (was, now))
+            self._say(
+                f"the run was to end at update {was}, and ends at {now} now: the learning rate of update {step + 1} is "
+                f"{after:.3g} instead of {before:.3g}"
+            )
 
     def _train_steps(self) -> None:
         total = self._plan.total_updates
