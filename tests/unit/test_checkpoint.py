@@ -179,7 +179,7 @@ def test_a_kill_at_any_call_into_the_system_leaves_a_checkpoint_to_load(
         Checkpoints(tmp_path / "before", keep=2).save(state(earlier), write())
     script = Path(__file__).with_name("kill_at.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(step)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(tmp_path), str(step)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     outcomes = json.loads(done.stdout)
