@@ -122,6 +122,8 @@ class LearnerEngine:
     ) -> list[Metric]:
         """Apply one update; `trajectories` is this rank's share, the totals are those of all ranks (collective).
 
+        Without dropout, whatever the student's config says: the policy that learns is the one that wrote.
+
         Returns this rank's part of the metrics (`learner_metrics.METRIC_KEYS`). Raises NonFiniteLossError on every
         rank, with the weights as they were, if the loss of a micro-batch or the gradient norm is NaN or infinite;
         LearnerError if no rank has anything to learn from; DataError for malformed trajectories. After an error that
