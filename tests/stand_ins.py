@@ -102,8 +102,12 @@ class Rollout(StandIn):
     def read(self) -> list[RolloutChunk]:
         return [self._write([self.requests.get()])]
 
+    def generate(self, requests: Sequence[RolloutRequest], *, whole: bool) -> Iterator[RolloutChunk]:
+        for share in [requests] if whole else [[request] for request in requests]:
+            yield self._write(share)
+
     def generate_whole(self, requests: Sequence[RolloutRequest]) -> list[RolloutChunk]:
-        return [self._write(requests)]
+        return list(self.generate(requests, whole=True))
 
     def _write(self, requests: Sequence[RolloutRequest]) -> RolloutChunk:
         for request in requests:
