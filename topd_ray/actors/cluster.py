@@ -87,7 +87,7 @@ def _start_here(config: TopdConfig, say: Callable[[str], None]) -> None:
     raise ConfigError(
         f"Ray did not start on this machine in {NUM_TRIES} tries, as if it were too busy: its processes have half a "
         "minute each time; right would be to try when less is running, or the address of a cluster that runs already "
-        "(`ray start --head`) in resources.ray_address. What hindered it is in /tmp/ray/session_latest/logs"
+        "in resources.ray_address (docs/clusters.md). What hindered it is in /tmp/ray/session_latest/logs"
     )
 
 
