@@ -144,7 +144,8 @@ class MemoryTransfer(WeightTransferEngine[MemoryInit, MemoryUpdate]):
         if untouched := untouched_parameters(self.model):
             raise WeightSyncError(
                 f"an update does not reach {len(untouched)} parameters of {type(self.model).__name__} in vLLM "
-                f"({', '.join(untouched[:5])}), which would serve old weights beside new ones: it cannot learn"
+                f"({', '.join(untouched[:5])}), which would serve old weights beside new ones; right would be a "
+                "student of another architecture"
             )
         finalize_layerwise_reload(self.model, self.model_config)
         finish_on_gpu()  # before the learner hears of it, and may write over what was read
