@@ -32,6 +32,8 @@ CHUNK_BYTES = {"cpu": 48 * 2**20}
 GPU_CHUNK_BYTES = 512 * 2**20
 CHUNK_MULTIPLE = 16
 MOST_CHUNK_TOKENS = 1024
+# Rows of the weight's gradient that are rounded at once.
+ROUNDED_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +78,14 @@ class Head:
         self.dtype = torch.promote_types(product_dtype, torch.float32)
         self.spec = spec
         self.num_vocabulary = num_vocabulary
-        self._dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        self._dtypes = (hidden_ND.dtype, None if bias_V is None else bias_V.dtype)
         self.hidden_ND = hidden_ND.to(product_dtype)
         self.weight_VD = weight_VD.to(product_dtype)
         self.bias_V = None if bias_V is None else bias_V.to(self.dtype)
         self.hidden_grad_ND = torch.zeros_like(hidden_ND, dtype=self.dtype) if needs_grad[0] else None
-        self.weight_grad_VD: Tensor | None = None
+        self.weight_grad: WeightGradient | None = None
         if needs_grad[1]:
-            # The first chunk writes what later chunks add to; without any chunk, it is all zeros.
-            self.weight_grad_VD = torch.empty_like(weight_VD, dtype=self.dtype)
-            self.weight_grad_VD[num_vocabulary if len(hidden_ND) else 0 :].zero_()
+            self.weight_grad = WeightGradient(weight_VD, self.dtype, num_vocabulary if len(hidden_ND) else 0)
         self.bias_grad_V = None
         if needs_grad[2] and bias_V is not None:
             self.bias_grad_V = torch.zeros_like(bias_V, dtype=self.dtype)
@@ -95,12 +95,16 @@ class Head:
 
     @property
     def needs_grad(self) -> bool:
-        return any(one is not None for one in (self.hidden_grad_ND, self.weight_grad_VD, self.bias_grad_V))
+        return any(one is not None for one in (self.hidden_grad_ND, self.weight_grad, self.bias_grad_V))
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """With respect to hidden states, weight and bias, in the dtypes these came in."""
-        found = (self.hidden_grad_ND, self.weight_grad_VD, self.bias_grad_V)
-        return tuple(one if one is None else one.to(dtype) for one, dtype in zip(found, self._dtypes, strict=True))
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """With respect to hidden states, weight and bias, in the dtypes these came in. Call it once, at the end."""
+        hidden_dtype, bias_dtype = self._dtypes
+        return (
+            None if self.hidden_grad_ND is None else self.hidden_grad_ND.to(hidden_dtype),
+            None if self.weight_grad is None else self.weight_grad.rounded(),
+            None if self.bias_grad_V is None else self.bias_grad_V.to(bias_dtype),
+        )
 
     def chunks(self) -> list[slice]:
         """The tokens of each chunk, in order; at least one chunk, also without tokens."""
@@ -189,8 +193,8 @@ class Head:
         grad_BN = grad_BN.to(hidden_ND.dtype)
         if self.hidden_grad_ND is not None:
             add_product(self.hidden_grad_ND[self._rows], grad_BN.T, self.weight_VD[block])
-        if self.weight_grad_VD is not None:
-            add_product(self.weight_grad_VD[block], grad_BN, hidden_ND, overwrite=self.is_first)
+        if self.weight_grad is not None:
+            self.weight_grad.add(block, grad_BN, hidden_ND, overwrite=self.is_first)
 
     def _tokens_per_chunk(self) -> int:
         num_bytes = CHUNK_BYTES.get(self.hidden_ND.device.type, GPU_CHUNK_BYTES)
@@ -215,12 +219,13 @@ class Head:
 
         A block of rows is read whole before the gradient is written to the same rows.
         """
-        return self.is_first and self.weight_grad_VD is not None and num_tokens <= self.weight_grad_VD.shape[1]
+        whole_VD = None if self.weight_grad is None else self.weight_grad.whole_VD
+        return self.is_first and whole_VD is not None and num_tokens <= whole_VD.shape[1]
 
     def _storage(self, num_tokens: int) -> Tensor:
         if self._stores_in_weight_grad(num_tokens):
-            assert self.weight_grad_VD is not None
-            return self.weight_grad_VD[:, :num_tokens]
+            assert self.weight_grad is not None and self.weight_grad.whole_VD is not None
+            return self.weight_grad.whole_VD[:, :num_tokens]
         return self._buffer(num_tokens, self.dtype)
 
     def _buffer(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -229,6 +234,48 @@ class Head:
         if self._buffer_VN.numel() < num_elements:
             self._buffer_VN = self.hidden_ND.new_empty(num_elements, dtype=dtype)
         return self._buffer_VN[:num_elements].view(self.num_vocabulary, num_tokens)
+
+
+class WeightGradient:
+    """The sum over chunks of the weight's gradient, [V, D], in a dtype that may be wider than the weight's.
+
+    One of twice the width lies in two halves: once rounded, all rows fit into the memory of the first half, so that
+    the gradient never takes more than its sum did.
+    """
+
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype, num_vocabulary: int) -> None:
+        """Room for it; rows from `num_vocabulary` on are zeros, the others what is first added to them."""
+        num_rows, width = weight_VD.shape
+        size = _ceil(num_rows, 2) if dtype.itemsize == 2 * weight_VD.dtype.itemsize else num_rows
+        self._shape, self._dtype = weight_VD.shape, weight_VD.dtype
+        self._starts = range(0, num_rows, size)
+        self._parts = [weight_VD.new_empty((min(size, num_rows - start), width), dtype=dtype) for start in self._starts]
+        for start, part in zip(self._starts, self._parts, strict=True):
+            part[max(num_vocabulary - start, 0) :].zero_()
+
+    @property
+    def whole_VD(self) -> Tensor | None:
+        """All rows of the sum, if they lie in one tensor."""
+        return self._parts[0] if len(self._parts) == 1 else None
+
+    def add(self, rows: slice, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+        """Add left @ right to some rows."""
+        for start, part in zip(self._starts, self._parts, strict=True):
+            first, last = max(rows.start, start), min(rows.stop, start + len(part))
+            if first < last:
+                own = slice(first - rows.start, last - rows.start)
+                add_product(part[first - start : last - start], left[own], right, overwrite=overwrite)
+
+    def rounded(self) -> Tensor:
+        """The sum in the weight's dtype, [V, D]. It takes the memory of the sum, which is lost."""
+        if (whole_VD := self.whole_VD) is not None:
+            return whole_VD.to(self._dtype)
+        rounded_VD = self._parts[0].view(self._dtype).view(-1, self._shape[1])
+        for start, part in zip(self._starts, self._parts, strict=True):
+            for first in range(0, len(part), ROUNDED_ROWS):
+                rows_RD = part[first : first + ROUNDED_ROWS].to(self._dtype)  # what is overwritten next has been read
+                rounded_VD[start + first : start + first + len(rows_RD)] = rows_RD
+        return rounded_VD[: self._shape[0]]
 
 
 def refuse_float16(name: str, dtype: torch.dtype) -> None:

@@ -48,7 +48,7 @@ class LossSpec:
     chunk_tokens: int | None = None
     """tokens whose logits exist at once; unset, an eighth of all, or what some bytes hold if that is more (`head`)"""
     kernel: Literal["torch", "triton"] = "torch"
-    """what reads and writes a chunk's logits; triton needs the package, and has yet to be measured on a GPU"""
+    """what reads and writes a chunk's logits; triton needs the package and a GPU"""
 
     def __post_init__(self) -> None:
         check_one_of("method", self.method, METHODS)

@@ -1,7 +1,7 @@
 """The output layer on a GPU: a chunk's logits stay in the dtype of the product, two Triton kernels read them.
 
-The torch path of `head` is the reference. The kernels have been compared with it in Triton's interpreter, on a CPU;
-no measurement on a GPU exists yet, so `LossSpec.kernel = "triton"` has to ask for them.
+The torch path of `head` is the reference: the kernels are compared with it in Triton's interpreter on a CPU, and on a
+GPU where there is one (tests/unit/test_triton_head.py).
 
 Axes: N tokens of a chunk, V rows of the vocabulary, D hidden width, P picked logits.
 """
@@ -80,10 +80,10 @@ class TritonHead(Head):
             self.bias_grad_V[: self.num_vocabulary] += grad_VN.sum(1, dtype=self.dtype)
         if self.hidden_grad_ND is not None:
             add_product(self.hidden_grad_ND[self._rows], grad_VN.T, weight_VD)
-        if self.weight_grad_VD is not None:
+        if self.weight_grad is not None:
             for start in range(0, self.num_vocabulary, WEIGHT_GRAD_ROWS):
                 block = slice(start, min(start + WEIGHT_GRAD_ROWS, self.num_vocabulary))
-                add_product(self.weight_grad_VD[block], grad_VN[block], hidden_ND, overwrite=self.is_first)
+                self.weight_grad.add(block, grad_VN[block], hidden_ND, overwrite=self.is_first)
         self.is_first = False
 
     def _stores_in_weight_grad(self, num_tokens: int) -> bool:
