@@ -22,14 +22,17 @@ TIMEOUTS: dict[Backend, float] = {"gloo": 8.0, "nccl": 40.0}
 """Of which a worker that hangs may take a quarter, and NCCL some seconds to make a group."""
 SECONDS = 60.0
 NUM_PIECES = 12
+PIECE_BYTES: dict[Backend, int] = {"gloo": 2**20, "nccl": 2**24}
+"""What is sent after a worker hangs must not fit into the buffers on its way: NCCL's and the sockets' hold some MiB."""
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def tensors(version: int) -> list[Named]:
-    """A version of 12 chunks of 1 MiB."""
+def tensors(version: int, backend: Backend) -> list[Named]:
+    """A version of 12 chunks."""
     generator = torch.Generator().manual_seed(version)
-    return [(f"layer.{i}", torch.randn(2**18, generator=generator)) for i in range(NUM_PIECES)]
+    size = PIECE_BYTES[backend] // 4
+    return [(f"layer.{i}", torch.randn(size, generator=generator)) for i in range(NUM_PIECES)]
 
 
 def open_end(backend: Backend, timeout_seconds: float | None = None) -> BroadcastChannel:
@@ -38,7 +41,7 @@ def open_end(backend: Backend, timeout_seconds: float | None = None) -> Broadcas
         backend=backend,
         address="127.0.0.1",
         num_workers=2,
-        chunk_bytes=2**20,
+        chunk_bytes=PIECE_BYTES[backend],
         timeout_seconds=timeout_seconds or TIMEOUTS[backend],
     )
 

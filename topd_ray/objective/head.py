@@ -320,8 +320,11 @@ class _SortedPicks:
 
 def add_product(sum_: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
     """sum += left @ right; products of a lower precision are added up in that of the sum."""
+    beta = 0.0 if overwrite else 1.0
     if sum_.dtype == left.dtype:
-        sum_.addmm_(left, right, beta=0.0 if overwrite else 1.0)
+        sum_.addmm_(left, right, beta=beta)
+    elif sum_.is_cuda:  # without a product in the lower precision between
+        torch.addmm(sum_, left, right, out_dtype=sum_.dtype, beta=beta, out=sum_)
     elif overwrite:
         sum_.copy_(left @ right)
     else:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from topd_ray.errors import DataError
-from topd_ray.objective.head import Head, Picks, add_product
+from topd_ray.objective.head import GPU_CHUNK_BYTES, Head, Picks, add_product
 from topd_ray.objective.loss_data import LossSpec
 
-# Rows of the vocabulary whose weight gradient is made at once, before it is added up in float32.
-WEIGHT_GRAD_ROWS = 16384
+# An eighth of the logits in two bytes each, and no row of a product's tiles left empty.
+CHUNK_SHARE = 5
+CHUNK_MULTIPLE = 128
+MOST_CHUNK_TOKENS = 2048
 # What Triton reads as yes in TRITON_INTERPRET.
 INTERPRETED = ("1", "true", "yes", "on", "y")
 
@@ -81,10 +83,18 @@ class TritonHead(Head):
         if self.hidden_grad_ND is not None:
             add_product(self.hidden_grad_ND[self._rows], grad_VN.T, weight_VD)
         if self.weight_grad is not None:
-            for start in range(0, self.num_vocabulary, WEIGHT_GRAD_ROWS):
-                block = slice(start, min(start + WEIGHT_GRAD_ROWS, self.num_vocabulary))
-                self.weight_grad.add(block, grad_VN[block], hidden_ND, overwrite=self.is_first)
+            self.weight_grad.add(slice(0, self.num_vocabulary), grad_VN, hidden_ND, overwrite=self.is_first)
         self.is_first = False
+
+    def chunks(self) -> list[slice]:
+        """As many tokens in each but the last: a fifth of all, or more where that takes few bytes."""
+        num_rows, size = len(self.hidden_ND), self.spec.chunk_tokens
+        if size is None:
+            at_least = GPU_CHUNK_BYTES // (self.num_vocabulary * self.hidden_ND.dtype.itemsize)
+            most = max(at_least, min(-(-num_rows // CHUNK_SHARE), MOST_CHUNK_TOKENS), 1)
+            size = -(-num_rows // -(-num_rows // most))
+            size = -(-size // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
     def _stores_in_weight_grad(self, num_tokens: int) -> bool:
         return False

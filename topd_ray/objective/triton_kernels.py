@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_V, BLOCK_N = 32, 64
+# The fastest of those tried on one H200, in bfloat16.
+BLOCK_V, BLOCK_N = 32, 128
+SUM_BLOCK_V, SUM_BLOCK_N = 256, 32
 # Rows that one program of `peaks_and_sums` goes through: enough programs to fill a GPU, few partial results.
 SHARE_ROWS = 2048
 
@@ -106,7 +108,7 @@ def peaks_and_sums(
     peaks_SN = products_VN.new_empty((num_shares, num_tokens), dtype=torch.float32)
     sums_SN = torch.empty_like(peaks_SN)
     with torch.cuda.device_of(products_VN):
-        _peaks_and_sums[(triton.cdiv(num_tokens, BLOCK_N), num_shares)](
+        _peaks_and_sums[(triton.cdiv(num_tokens, SUM_BLOCK_N), num_shares)](
             products_VN,
             products_VN if bias_V is None else bias_V,
             peaks_SN,
@@ -118,8 +120,8 @@ def peaks_and_sums(
             HAS_BIAS=bias_V is not None,
             HAS_SOFTCAP=softcap is not None,
             SHARE_ROWS=SHARE_ROWS,
-            BLOCK_V=BLOCK_V,
-            BLOCK_N=BLOCK_N,
+            BLOCK_V=SUM_BLOCK_V,
+            BLOCK_N=SUM_BLOCK_N,
         )
     peak_N = peaks_SN.amax(0)
     return peak_N, (sums_SN * (peaks_SN - peak_N).exp()).sum(0)
