@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from topd_ray.config.schema import ModelConfig, TeacherConfig
 from topd_ray.data.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer, read_vocabulary
@@ -92,3 +93,26 @@ def test_folders_without_a_tokenizer_or_a_config(tmp_path: Path) -> None:
 def test_loading_needs_no_network_for_a_folder(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model(tmp_path / "student").model_copy(update={"revision": "main"}))
     assert tokenizer.decode([25, 8, 17, 9]) == "\n1+2"
+
+
+def test_a_byte_level_tokenizer_that_says_it_is_a_llama_tokenizer(tmp_path: Path) -> None:
+    """As DeepSeek's distilled Llamas do; transformers 5 would give it SentencePiece's parts, and lose all spaces."""
+    text = "The sum of 12 and 345 is 357.\n"
+    written = Tokenizer(models.BPE())
+    written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    written.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    written.train_from_iterator([text] * 2, trainer)
+    written.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<|end|>"})
+    )
+    config = {"model_type": "llama", "vocab_size": written.get_vocab_size(), "eos_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(ModelConfig(model=str(tmp_path)))
+    token_ids = written.encode(text).ids
+    assert tokenizer.encode(text, add_special_tokens=False) == token_ids
+    assert tokenizer.decode([*token_ids, 0], skip_special_tokens=True) == text
+    assert read_vocabulary(ModelConfig(model=str(tmp_path))).size == written.get_vocab_size()

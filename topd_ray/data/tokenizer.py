@@ -29,13 +29,36 @@ class Vocabulary:
 
 def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     """The tokenizer of a local folder or a hub name. Raises ConfigError where there is none that loads."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.model, **_source(model))
+        if _has_lost_bytes(tokenizer, model):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model.model, **_source(model))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise ConfigError(_unloadable("tokenizer", model, error)) from error
     return tokenizer
+
+
+def _has_lost_bytes(tokenizer: "PreTrainedTokenizerBase", model: ModelConfig) -> bool:
+    """Whether transformers has put SentencePiece's parts in place of the byte-level ones of tokenizer.json.
+
+    It does where a byte-level tokenizer says it is a LlamaTokenizer, as DeepSeek's do: spaces would be lost.
+    """
+    from tokenizers import Tokenizer
+    from transformers.utils import cached_file
+
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if own is None or "ByteLevel" in repr(own.decoder):
+        return False
+    path = cached_file(
+        model.model,
+        "tokenizer.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_source(model),
+    )
+    return path is not None and "ByteLevel" in repr(Tokenizer.from_file(path).decoder)
 
 
 def read_vocabulary(model: ModelConfig) -> Vocabulary:
