@@ -1,9 +1,11 @@
 """Do student and teacher share a vocabulary?"""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mistral_common
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -116,3 +118,14 @@ def test_a_byte_level_tokenizer_that_says_it_is_a_llama_tokenizer(tmp_path: Path
     assert tokenizer.encode(text, add_special_tokens=False) == token_ids
     assert tokenizer.decode([*token_ids, 0], skip_special_tokens=True) == text
     assert read_vocabulary(ModelConfig(model=str(tmp_path))).size == written.get_vocab_size()
+
+
+def test_a_mistral_in_both_formats(tmp_path: Path) -> None:
+    """As Mistral publishes its models: mistral-common, which comes with vLLM, would read tekken.json."""
+    both = model(tmp_path)
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", tmp_path / "tekken.json")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    check_same_vocabulary(both, both.model_copy(update={"top_k": 8}))
+    assert load_tokenizer(both).get_vocab() == build_tokenizer().get_vocab()
+    assert load_tokenizer(both).chat_template

@@ -32,7 +32,11 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.model, **_source(model))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model.model,
+            mistral_format=False,  # a tekken.json beside tokenizer.json would be taken, without its chat template
+            **_source(model),
+        )
         if _has_lost_bytes(tokenizer, model):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(model.model, **_source(model))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
