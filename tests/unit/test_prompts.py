@@ -105,6 +105,22 @@ def test_messages_in_parquet(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     assert load(str(tmp_path / "prompts.parquet"), tokenizer) == load(jsonl(tmp_path, rows), tokenizer)
 
 
+def test_columns_that_python_has_no_values_for_are_ignored(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = {"prompt": ["1", "2"], "answer": [1, None]}
+    odd = {
+        "nanoseconds": pa.array([1_700_000_000_000_000_001, None], pa.timestamp("ns")),
+        "beyond year 9999": pa.array([10**18, None], pa.timestamp("us")),
+        "no UTF-8": pa.array([b"\xff", None], pa.binary()).view(pa.string()),
+    }
+    for folder, columns in (("odd", odd | rows), ("same", rows)):
+        table = pa.table(columns)
+        saved_to_disk(tmp_path / folder, [table])
+        pq.write_table(table, tmp_path / folder / "prompts.parquet")
+    expected = load(str(tmp_path / "same"), tokenizer)
+    assert load(str(tmp_path / "odd"), tokenizer) == expected
+    assert load(str(tmp_path / "odd" / "prompts.parquet"), tokenizer) == expected
+
+
 def test_folder_of_splits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     table = pa.Table.from_pylist([{"prompt": "1"}])
     saved_to_disk(tmp_path / "all" / "train", [table])

@@ -14,6 +14,9 @@ from topd_ray.errors import DataError
 Row = tuple[str, Any]
 """(file and line or row number, counted from 1; the row)"""
 
+COLUMNS = ("prompt", "messages", "answer", "id")
+"""What is read of tables: others may hold what Python has no value for, such as nanoseconds."""
+
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What Arrow raises for files it cannot read: OSError also for damaged pages and for compressed data."""
 
@@ -66,7 +69,7 @@ def _parsed(line: bytes, where: str) -> Any:
 def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
-            yield from _numbered(path, file.iter_batches())
+            yield from _numbered(path, file.iter_batches(columns=COLUMNS))
     except _DAMAGED as error:
         raise DataError(f"{path}: found no valid Parquet: {error}") from error
 
@@ -100,7 +103,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
 def _numbered(path: Path, batches: Any, start: int = 1) -> Iterator[Row]:
     number = start
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in batch.select([name for name in COLUMNS if name in batch.schema.names]).to_pylist():
             yield f"{path} row {number}", row
             number += 1
 
