@@ -21,7 +21,8 @@ def is_right(response: str, answer: str) -> bool:
     """Whether math-verify finds the value of `answer` in `response`; False for what it cannot parse in time."""
     if not answer.strip():
         return False
-    expected = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    written = answer.replace("\\$", "")  # that is money
+    expected = answer if any(mark in written for mark in ("$", "\\[", "\\boxed")) else f"${answer}$"
     return bool(
         verify(
             parse(expected, parsing_timeout=_PATIENT_SECONDS),
