@@ -78,6 +78,12 @@ def test_jsonl_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert [prompt.answer for prompt in prompts] == ["3", "20", "-1", None]
 
 
+def test_numbers_are_answers_as_they_are_written_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    written = {-0.5: "-0.5", 1.5e-05: "0.000015", 1e22: "10000000000000000000000", 10**400: "1" + "0" * 400, -0.0: "0"}
+    source = jsonl(tmp_path, [{"prompt": "1", "answer": answer} for answer in written])
+    assert [prompt.answer for prompt in load(source, tokenizer).prompts] == list(written.values())
+
+
 def test_prompt_ids_are_stable_and_bound_to_the_content(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     first = load(jsonl(tmp_path, ROWS), tokenizer).prompts
     again = load(jsonl(tmp_path, ROWS), tokenizer).prompts

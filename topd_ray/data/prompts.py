@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -133,9 +134,11 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
     answer = row.get("answer")
     if answer is None or isinstance(answer, str):
         return answer
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)) or not math.isfinite(answer):
+    is_number = isinstance(answer, int) or (isinstance(answer, float) and math.isfinite(answer))
+    if isinstance(answer, bool) or not is_number:
         raise DataError(f"{where}: found an answer that is {_kind(answer)}, right would be text or a number")
-    return str(int(answer)) if float(answer).is_integer() else str(answer)
+    whole = isinstance(answer, int) or answer.is_integer()
+    return str(int(answer)) if whole else f"{Decimal(repr(answer)):f}"  # 1e-05 would be read as 1 times e minus 5
 
 
 def _tokenised(
