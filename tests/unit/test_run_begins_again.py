@@ -1,6 +1,7 @@
 """What `run` does when workers are lost, with fleets that never start, or that lose the learner as they are told."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from topd_ray.actors.traffic import Traffic
 from topd_ray.config.load import load_config
 from topd_ray.config.schema import TopdConfig
 from topd_ray.errors import ConfigError, WorkerLostError
+from topd_ray.pipeline.checkpoint import Checkpoints
 from topd_ray.pipeline.fleet import Fleet
 from topd_ray.pipeline.ledger import read_ledger
 from topd_ray.pipeline.plan import Plan, plan_run
@@ -70,6 +72,20 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     )
     settings = (f"run.root={tmp_path}", "faults.replace_seconds=77", *small)
     return plan_run(load_config(Path("jobs/demo.yaml"), settings), print)
+
+
+def test_a_chat_template_that_writes_the_time_writes_that_of_the_first_session(plan: Plan, tmp_path: Path) -> None:
+    """As Llama's and gpt-oss' write the date: the prompts of another day would be those of another run."""
+    shutil.copytree(plan.config.student.model, tmp_path / "student")
+    template = tmp_path / "student" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%f') }}\n" + template.read_text())
+    student = plan.config.student.model_copy(update={"model": str(tmp_path / "student")})
+    config = plan.config.model_copy(update={"student": student})
+    first = plan_run(config, print)
+    checkpoints = Checkpoints(config.run.folder / "checkpoints", keep=1, identity=first.identity)
+    checkpoints.save(replace(first.state, step=2), lambda folder: None)
+    second = plan_run(config, print)
+    assert (second.state.step, second.train) == (2, first.train)
 
 
 def test_nodes_that_are_gone_are_waited_for_and_missed_in_the_end(plan: Plan) -> None:

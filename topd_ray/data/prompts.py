@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,19 +46,26 @@ class _Conversation:
     answer: str | None
 
 
-def load_prompts(source: str, config: DataConfig, tokenizer: "PreTrainedTokenizerBase", split: Split) -> PromptSet:
+def load_prompts(
+    source: str,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    split: Split,
+    now: datetime | None = None,
+) -> PromptSet:
     """Read `source` (`arithmetic`, or what `read_rows` reads) and apply the tokenizer's chat template to each row.
 
     A row has a `prompt` (text) or `messages` (a list of role and content), and may have an `answer` (text or number)
     and an `id` (text or integer); other columns are ignored. A prompt's id is its row's `id`, or number, and a digest
-    of its token ids and answer, so it is the same in every run.
+    of its token ids and answer, so it is the same in every run. Some templates write the date: that of `now`, or today.
     Raises DataError, with file and line, for whatever cannot be used.
     """
     _check_template(config, tokenizer)
     rows = _arithmetic_rows(config, split) if source == "arithmetic" else read_rows(source, split)
     prompts: list[Prompt] = []
     overlong: list[tuple[str, int]] = []
-    for conversation, token_ids in _tokenised(_conversations(rows, config), config, tokenizer):
+    arguments = {**config.chat_template_kwargs, "strftime_now": (now or datetime.now()).strftime}
+    for conversation, token_ids in _tokenised(_conversations(rows, config), arguments, tokenizer):
         if len(token_ids) > config.max_prompt_tokens:
             overlong.append((conversation.where, len(token_ids)))
         else:
@@ -142,14 +150,14 @@ def _answer(row: dict[str, Any], where: str) -> str | None:
 
 
 def _tokenised(
-    conversations: Iterable[_Conversation], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    conversations: Iterable[_Conversation], arguments: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[_Conversation, list[int]]]:
     iterator = iter(conversations)
     while batch := list(islice(iterator, _BATCH)):
         try:
-            rendered = _apply_template([one.messages for one in batch], config, tokenizer)
+            rendered = _apply_template([one.messages for one in batch], arguments, tokenizer)
         except _TEMPLATE_ERRORS:
-            rendered = [_apply_template_to_one(one, config, tokenizer) for one in batch]
+            rendered = [_apply_template_to_one(one, arguments, tokenizer) for one in batch]
         for conversation, token_ids in zip(batch, rendered, strict=True):
             if not token_ids:
                 raise DataError(f"{conversation.where}: found a chat template that leaves nothing of the messages")
@@ -157,23 +165,23 @@ def _tokenised(
 
 
 def _apply_template(
-    conversations: Sequence[list[Message]], config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    conversations: Sequence[list[Message]], arguments: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
     token_ids: list[list[int]] = tokenizer.apply_chat_template(
         list(conversations),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
-        **config.chat_template_kwargs,
+        **arguments,
     )
     return token_ids
 
 
 def _apply_template_to_one(
-    conversation: _Conversation, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    conversation: _Conversation, arguments: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[int]:
     try:
-        return _apply_template([conversation.messages], config, tokenizer)[0]
+        return _apply_template([conversation.messages], arguments, tokenizer)[0]
     except _TEMPLATE_ERRORS as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(

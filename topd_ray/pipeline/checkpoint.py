@@ -30,6 +30,8 @@ class RunState:
 
     step: int = 0
     """updates made"""
+    begun: str = ""
+    """date and time of the run's first session, for chat templates that write them; empty in checkpoints without it"""
     total_updates: int | None = None
     """where the run was to end; None in checkpoints that do not say"""
     policy_version: int = 0

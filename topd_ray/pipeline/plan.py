@@ -1,7 +1,8 @@
 """What a run will do, settled before any engine loads: prompts, length, and the checkpoint to go on from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,10 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
     """
     check_same_vocabulary(config.student, config.teacher)
     tokenizer = load_tokenizer(config.student)
-    loaded = load_prompts(config.data.train, config.data, tokenizer, "train")
+    identity = run_identity(config, tokenizer)
+    found = _find_checkpoint(config, identity)
+    begun = datetime.fromisoformat(found[0].begun) if found and found[0].begun else datetime.now()
+    loaded = load_prompts(config.data.train, config.data, tokenizer, "train", begun)
     _say_skipped(loaded.num_skipped_overlong, config.data.train, config, say)
     schedule = PromptSchedule(
         prompt_ids=[prompt.prompt_id for prompt in loaded.prompts],
@@ -63,34 +67,35 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
     )
     distances = RunningQuantile(config.near_future.false_alarm_quantile, config.near_future.quantile_window)
     tasks = Tasks(schedule, loaded.prompts, config.rollout.samples_per_prompt, config.run.seed)
-    identity = run_identity(config, tokenizer)
-    found = _find_checkpoint(config, identity)
     reopened: list[Task] = []
     if found is not None:
         reopened = tasks.load_state(found[0].schedule)
         distances = RunningQuantile.from_state(found[0].quantile)
+    state = found[0] if found else RunState(schedule=tasks.state(), quantile=distances.state())
     return Plan(
         config=config,
         train=loaded.prompts,
-        heldout=load_heldout(config, tokenizer, say),
+        heldout=load_heldout(config, tokenizer, say, begun),
         total_updates=_total_updates(config, len(loaded.prompts), say),
         tasks=tasks,
         reopened=tuple(reopened),
         distances=distances,
-        state=found[0] if found else RunState(schedule=tasks.state(), quantile=distances.state()),
+        state=replace(state, begun=begun.isoformat()),
         learner_folder=found[1] if found else None,
         identity=identity,
     )
 
 
-def load_heldout(config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", say: Say) -> tuple[Prompt, ...]:
+def load_heldout(
+    config: TopdConfig, tokenizer: "PreTrainedTokenizerBase", say: Say, now: datetime | None = None
+) -> tuple[Prompt, ...]:
     """The prompts of an evaluation; none where data.heldout is unset.
 
     Raises ConfigError for a row whose answer is missing, or cannot be graded by evaluation.grader.
     """
     if config.data.heldout is None:
         return ()
-    loaded = load_prompts(config.data.heldout, config.data, tokenizer, "heldout")
+    loaded = load_prompts(config.data.heldout, config.data, tokenizer, "heldout", now)
     _say_skipped(loaded.num_skipped_overlong, config.data.heldout, config, say)
     kind = config.evaluation.grader
     for number, prompt in enumerate(loaded.prompts, start=1):
