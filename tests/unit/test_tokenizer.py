@@ -76,11 +76,29 @@ def test_top_k_beyond_the_tokens_in_use(tmp_path: Path) -> None:
     assert refusal(student, teacher) == "teacher.top_k: found 65, right would be at most the vocabulary of 64 (or full)"
 
 
-def test_no_common_end(tmp_path: Path) -> None:
-    student, teacher = model(tmp_path / "student"), model(tmp_path / "teacher", eos=0)
-    path = tmp_path / "teacher" / "tokenizer_config.json"
+def ending_with_endoftext(folder: Path, **kwargs: Any) -> TeacherConfig:
+    """A model as base models are: its tokenizer ends a text, and knows of no turns."""
+    found = model(folder, eos=0, **kwargs)
+    path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"}))
+    return found
+
+
+def test_no_common_end(tmp_path: Path) -> None:
+    student, teacher = model(tmp_path / "student"), ending_with_endoftext(tmp_path / "teacher")
     assert "stops at the tokens [2], teacher.model=" in refusal(student, teacher)
+
+
+def test_a_base_student_that_would_write_on_after_the_teachers_end(tmp_path: Path) -> None:
+    teacher = model(tmp_path / "teacher", generation={"eos_token_id": [2, 0]})
+    student = ending_with_endoftext(tmp_path / "student", generation={"eos_token_id": 0})
+    assert refusal(student, teacher) == (
+        f"student.model={student.model} stops at the tokens [0], teacher.model={teacher.model} at [2]; right would be "
+        "a token in common (eos_token_id in the student's generation_config.json may be a list), so that both end an "
+        "answer alike"
+    )
+    check_same_vocabulary(ending_with_endoftext(tmp_path / "told", generation={"eos_token_id": [0, 2]}), teacher)
+    check_same_vocabulary(teacher, student)
 
 
 def test_folders_without_a_tokenizer_or_a_config(tmp_path: Path) -> None:

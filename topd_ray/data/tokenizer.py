@@ -111,11 +111,12 @@ def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
             f"teacher.top_k: found {teacher.top_k}, right would be at most the vocabulary of {of_student.size} "
             "(or full)"
         )
-    if not set(of_student.eos_ids) & set(of_teacher.eos_ids):
+    ends = _as_list(teacher_tokenizer.eos_token_id) or of_teacher.eos_ids  # what it ends its own turns with
+    if not {*ends} & {*of_student.eos_ids}:
         raise ConfigError(
             f"student.model={student.model} stops at the tokens {list(of_student.eos_ids)}, "
-            f"teacher.model={teacher.model} at {list(of_teacher.eos_ids)}; right would be a token in common, "
-            "so that both can end an answer alike"
+            f"teacher.model={teacher.model} at {list(ends)}; right would be a token in common (eos_token_id in the "
+            "student's generation_config.json may be a list), so that both end an answer alike"
         )
 
 
