@@ -181,6 +181,7 @@ def test_chat_template_kwargs(tmp_path: Path) -> None:
         ({"prompt": "1", "answer": float("nan")}, "found an answer that is nan, right would be text or a number"),
         ({"prompt": "1", "id": 1.5}, "found an id that is 1.5, right would be text or an integer"),
         ({"prompt": "1", "id": "a"}, "found the id a of "),
+        ({"prompt": "1", "id": "\ud800"}, "found an id with a lone surrogate, right would be text that UTF-8 can hold"),
         (["1"], "found a list, right would be an object with prompt or messages"),
     ],
 )

@@ -101,7 +101,10 @@ def _row_id(row: dict[str, Any], where: str, number: int) -> str:
         return f"row{number}"
     if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
         raise DataError(f"{where}: found an id that is {_kind(given)}, right would be text or an integer")
-    return str(given)
+    row_id = str(given)
+    if any("\ud800" <= character <= "\udfff" for character in row_id):
+        raise DataError(f"{where}: found an id with a lone surrogate, right would be text that UTF-8 can hold")
+    return row_id
 
 
 def _messages(row: dict[str, Any], where: str, config: DataConfig) -> list[Message]:
