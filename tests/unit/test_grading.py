@@ -14,7 +14,7 @@ import pytest
 
 from topd_ray.errors import ConfigError, DataError
 from topd_ray.evaluation import math_grader
-from topd_ray.evaluation.grading import grader
+from topd_ray.evaluation.grading import grader, is_gradable
 from topd_ray.evaluation.math_grader import MathGrader
 from topd_ray.evaluation.pass_at_1 import PassAt1, pass_at_1
 
@@ -56,6 +56,12 @@ def test_arithmetic() -> None:
 )
 def test_math(math: MathGrader, response: str, answer: str, right: bool) -> None:
     assert math(response, answer) is right
+
+
+@pytest.mark.parametrize("answer", [None, "", " \n"])
+def test_answers_that_no_response_can_give(answer: str | None) -> None:
+    assert not is_gradable("math", answer)
+    assert not is_gradable("arithmetic", answer)
 
 
 def test_math_works_in_other_threads(math: MathGrader) -> None:

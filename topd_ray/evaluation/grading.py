@@ -18,4 +18,4 @@ def grader(kind: Kind) -> Grader:
 
 def is_gradable(kind: Kind, answer: str | None) -> bool:
     """Whether some response could be right against `answer`."""
-    return answer is not None and answer != "" and (kind != "arithmetic" or arithmetic.is_answer(answer))
+    return answer is not None and answer.strip() != "" and (kind != "arithmetic" or arithmetic.is_answer(answer))
