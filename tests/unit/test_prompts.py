@@ -196,6 +196,7 @@ def test_malformed_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row:
         (b"", ": found no rows, right would be a prompt a row"),
         (b"\n\n", ": found no rows, right would be a prompt a row"),
         (b'{"prompt": "1"}\n{"prompt": \n', ":2: found no valid JSON ("),
+        (b'{"prompt": ' + b"[" * 100_000 + b"\n", ":1: found no valid JSON (maximum recursion depth exceeded"),
         (b'{"prompt": "1"}\n{"prompt": "\xff"}\n', ":2: found bytes that are not UTF-8 text at byte 12"),
     ],
 )

@@ -62,7 +62,7 @@ def _parsed(line: bytes, where: str) -> Any:
         return json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: found bytes that are not UTF-8 text at byte {error.start}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: found no valid JSON ({error}), right would be one object a line") from error
 
 
