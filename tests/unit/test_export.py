@@ -5,11 +5,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import EOS_ID, load_tiny_model, make_tiny_model
 from topd_ray.config.schema import StudentConfig
-from topd_ray.engines.export import write_student
+from topd_ray.demo.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from topd_ray.engines.export import copy_tokenizer, write_student
 
 LIKE_LLAMA_2 = b'{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}'
 """Loads with a warning, and is refused when transformers saves it: do_sample is not true."""
@@ -50,3 +51,13 @@ def test_a_student_without_one_gets_none(student: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "generation_config.json").exists()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert exported.generation_config.eos_token_id == EOS_ID
+
+
+def test_all_chat_templates_come(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "tools" + CHAT_TEMPLATE}
+    tokenizer.save_pretrained(tmp_path / "student")
+    (tmp_path / "export").mkdir()
+    for _ in range(2):
+        copy_tokenizer(str(tmp_path / "student"), None, tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == tokenizer.chat_template

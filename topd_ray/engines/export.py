@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "tokenization_*.py",
 )
 """Copied byte by byte: loading and saving a tokenizer may change it."""
@@ -48,7 +49,9 @@ def copy_tokenizer(source: str, revision: str | None, folder: Path) -> None:
     if not paths:
         raise CheckpointError(f"no tokenizer files in {found}: an export needs at least one of {TOKENIZER_FILES}")
     for path in sorted(paths):
-        shutil.copyfile(path, folder / path.name)
+        copy = folder / path.relative_to(found)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _local(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
