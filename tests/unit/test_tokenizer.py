@@ -45,6 +45,18 @@ def test_padded_tails_may_differ(tmp_path: Path) -> None:
     assert read_vocabulary(teacher) == Vocabulary(size=64, rows=64, eos_ids=(2,))
 
 
+def test_a_config_that_names_no_end(tmp_path: Path) -> None:
+    """transformers' class of it has a default, here 1, which another tokenizer has for any token."""
+    silent = model(tmp_path, generation={"eos_token_id": [0]})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "vocab_size": 64}))
+    assert read_vocabulary(silent).eos_ids == (0, 2)
+    text = {"model_type": "gemma3_text", "vocab_size": 64}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "eos_token_id": [5]})
+    )
+    assert read_vocabulary(silent).eos_ids == (0, 2, 5)
+
+
 def test_other_ids_for_the_same_tokens(tmp_path: Path) -> None:
     student = model(tmp_path / "student", rows=80, tokens=["xx", "yy"])
     teacher = model(tmp_path / "teacher", rows=80, tokens=["yy", "xx", "zz"])

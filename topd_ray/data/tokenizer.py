@@ -83,7 +83,7 @@ def _vocabulary(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> Voc
             f"{model.model}: found an embedding of {rows} rows (vocab_size in config.json) for a tokenizer of {size} "
             "ids, right would be at least as many rows"
         )
-    declared = (tokenizer.eos_token_id, config.eos_token_id, _generation_eos(model))
+    declared = (tokenizer.eos_token_id, *_config_eos(model), _generation_eos(model))
     eos_ids = {token_id for source in declared for token_id in _as_list(source)}
     if not eos_ids:
         raise ConfigError(
@@ -154,6 +154,14 @@ def _model_config(model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(model.model, **_source(model)).get_text_config()
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ConfigError(_unloadable("config.json", model, error)) from error
+
+
+def _config_eos(model: ModelConfig) -> tuple[Any, Any]:
+    """What config.json itself says, of the whole model and of its text part; a class's default is no token of it."""
+    from transformers import PretrainedConfig
+
+    written, _ = PretrainedConfig.get_config_dict(model.model, **_source(model))
+    return written.get("eos_token_id"), (written.get("text_config") or {}).get("eos_token_id")
 
 
 def _generation_eos(model: ModelConfig) -> Any:
