@@ -10,7 +10,7 @@ from topd_ray.config.load import load_config
 from topd_ray.errors import RolloutError, RunInterrupted
 from topd_ray.pipeline import inline
 from topd_ray.pipeline.ledger import read_ledger
-from topd_ray.pipeline.plan import plan_run
+from topd_ray.pipeline.plan import Plan, Say, plan_run
 from topd_ray.pipeline.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -26,15 +26,18 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Orders:
     return Orders(folder)
 
 
-def go(root: Path, *overrides: str) -> list[str]:
-    said: list[str] = []
+def planned(root: Path, say: Say, *overrides: str) -> Plan:
     fixed = (
         *(f"run.root={root}", "run.name=run", "run.steps=null", "run.epochs=1", "run.checkpoint_every=0"),
         *("rollout.prompts_per_step=4", "data.arithmetic.num_train=40", "data.heldout=null"),
         *("rollout.num_workers=2", "teacher.num_workers=2", "metrics.tensorboard=false"),
     )
-    plan = plan_run(load_config(ROOT / "jobs" / "demo.yaml", (*fixed, *overrides)), said.append)
-    run(plan, inline.InlineFleet, said.append)
+    return plan_run(load_config(ROOT / "jobs" / "demo.yaml", (*fixed, *overrides)), say)
+
+
+def go(root: Path, *overrides: str) -> list[str]:
+    said: list[str] = []
+    run(planned(root, said.append, *overrides), inline.InlineFleet, said.append)
     return said
 
 
@@ -54,6 +57,17 @@ def test_an_interrupted_run_goes_on(orders: Orders, tmp_path: Path, overrides: t
     report = read_ledger(folder / "ledger.jsonl")
     assert (report.trained_once, report.lost, report.doubled) == (40, 0, 0)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 10
+
+
+def test_a_run_that_goes_on_takes_the_quantile_that_it_is_told_now(orders: Orders, tmp_path: Path) -> None:
+    orders("learner0-learn-5", "once interrupt")
+    with pytest.raises(RunInterrupted):
+        go(tmp_path)
+    before = planned(tmp_path, print).distances
+    after = planned(tmp_path, print, "near_future.false_alarm_quantile=0.9", "near_future.quantile_window=7").distances
+    assert (before.quantile, before.window, len(before.state()["distances"])) == (0.3, 4096, 24)
+    assert (after.quantile, after.window) == (0.9, 7)
+    assert after.state()["distances"] == before.state()["distances"][-7:]
 
 
 def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:

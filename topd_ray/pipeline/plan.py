@@ -70,7 +70,7 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
     reopened: list[Task] = []
     if found is not None:
         reopened = tasks.load_state(found[0].schedule)
-        distances = RunningQuantile.from_state(found[0].quantile)
+        distances.update(found[0].quantile["distances"])
     state = found[0] if found else RunState(schedule=tasks.state(), quantile=distances.state())
     return Plan(
         config=config,
