@@ -70,6 +70,22 @@ def test_a_run_that_goes_on_takes_the_quantile_that_it_is_told_now(orders: Order
     assert after.state()["distances"] == before.state()["distances"][-7:]
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize(("prompts_per_step", "steps"), [(2, 14), (3, 11), (4, 10), (8, 8)])
+def test_an_epoch_ends_with_its_prompts_also_in_updates_of_another_size(
+    orders: Orders, tmp_path: Path, staleness: int, prompts_per_step: int, steps: int
+) -> None:
+    """24 of 40 prompts are trained on by the interrupt, 4 an update, and with a staleness of 2 eight more are open."""
+    overrides = f"pipeline.max_staleness={staleness}", "rollout.samples_per_prompt=2"
+    orders("learner0-learn-5", "once interrupt")
+    with pytest.raises(RunInterrupted):
+        go(tmp_path, *overrides)
+    go(tmp_path, *overrides, f"rollout.prompts_per_step={prompts_per_step}")
+    report = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert (report.steps, report.faults, report.open) == (steps, (), 0)
+    assert report.prompts == report.trained_once == {(3, 0): 39, (3, 2): 38}.get((prompts_per_step, staleness), 40)
+
+
 def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:
     orders("teacher-setup", "raise RolloutError: no such model")
     with pytest.raises(RolloutError, match=r"^no such model$"):

@@ -1,5 +1,6 @@
 """What a run will do, settled before any engine loads: prompts, length, and the checkpoint to go on from."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -76,7 +77,7 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
         config=config,
         train=loaded.prompts,
         heldout=load_heldout(config, tokenizer, say, begun),
-        total_updates=_total_updates(config, len(loaded.prompts), say),
+        total_updates=_total_updates(config, len(loaded.prompts), tasks, state.step, say),
         tasks=tasks,
         reopened=tuple(reopened),
         distances=distances,
@@ -112,18 +113,21 @@ def _say_skipped(num_skipped: int, source: str, config: TopdConfig, say: Say) ->
         say(f"{source}: skipped {num_skipped} prompts of more than {config.data.max_prompt_tokens} tokens")
 
 
-def _total_updates(config: TopdConfig, num_prompts: int, say: Say) -> int:
+def _total_updates(config: TopdConfig, num_prompts: int, tasks: Tasks, num_made: int, say: Say) -> int:
+    """`run.steps`, or after `num_made` updates those of what is open and of the prompts that `run.epochs` has left."""
     if config.run.steps is not None:
         return config.run.steps
-    steps, unused = divmod(num_prompts * config.run.epochs, config.rollout.prompts_per_step)
-    if steps < 1:
+    num_left = max(num_prompts * config.run.epochs - tasks.position, 0)
+    steps, unused = divmod(num_left, config.rollout.prompts_per_step)
+    total = num_made + math.ceil(len(tasks) / config.batch_size) + steps
+    if total < 1:
         raise ConfigError(
             f"{num_prompts} training prompts do not fill one update of rollout.prompts_per_step="
             f"{config.rollout.prompts_per_step}"
         )
     if unused:
         say(f"the last {unused} prompts of the last epoch do not fill an update and are left out")
-    return steps
+    return total
 
 
 def _find_checkpoint(config: TopdConfig, identity: Identity) -> tuple[RunState, Path] | None:
