@@ -19,6 +19,7 @@ from topd_ray.objective.triton_head import make_head
 
 FIGURES = (
     "token_divergence",
+    "capped",
     "student_entropy",
     "mismatch",
     "mismatch_abs",
@@ -149,8 +150,10 @@ def _losses(
             spec.importance_clip,
             None if batch.advantage_N is None else batch.advantage_N.to(sampled_N),
         )
+    scale_N = torch.ones_like(sampled_N)
     if median_N is not None:
-        token_loss_N = token_loss_N * cap_scale(token_loss_N.detach(), median_N, batch.capped)
+        scale_N = cap_scale(token_loss_N.detach(), median_N, batch.capped)
+        token_loss_N = token_loss_N * scale_N
     guidance_N = torch.zeros_like(sampled_N)
     if spec.method == "topd":
         # sum_v w(v) (-log p_S(v)) - H: the KL of all windows that cover the token
@@ -170,7 +173,7 @@ def _losses(
             top1_N = ((picked_NC.gather(1, best_N1) >= 0.0) & support.mask.gather(1, best_N1)).squeeze(1)
         entropy_N = -(student_NC * student_NC.exp()).sum(1)
         tails = student_NC[:, -1].exp(), support.teacher_logp[:, -1].exp()
-        columns = (divergence_N, entropy_N, mismatch_N, mismatch_N.abs(), top1_N, *tails)
+        columns = (divergence_N, scale_N < 1.0, entropy_N, mismatch_N, mismatch_N.abs(), top1_N, *tails)
         figures_NF = torch.stack([column.to(sampled_N) for column in columns], dim=1)
     return token_loss_N, guidance_N, figures_NF
 

@@ -230,10 +230,7 @@ def _metrics(
     token_loss_N: Tensor, guidance_N: Tensor, figures_NF: Tensor, batch: LossBatch, spec: LossSpec
 ) -> LossMetrics:
     num_rows = token_loss_N.new_tensor(float(token_loss_N.shape[0]))
-    figures = {
-        "token_loss": (token_loss_N.sum(), num_rows),
-        "capped": (batch.capped.sum().to(num_rows), num_rows),
-    }
+    figures = {"token_loss": (token_loss_N.sum(), num_rows)}
     if spec.method == "topd":
         figures["guidance_kl"] = (guidance_N.sum(), batch.target_weights.sum().to(num_rows))
     for name, total in zip(FIGURES, figures_NF.sum(0).unbind(), strict=True):

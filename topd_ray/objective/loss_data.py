@@ -143,9 +143,9 @@ class LossMetrics:
 
     `token_loss` (after caps and weights), `token_divergence` (before both; the reverse KL under sampled_pg),
     `guidance_kl` per guided (window, position) pair (under `topd`; after weights), `student_entropy` (on the support),
-    `mismatch` and `mismatch_abs` (student minus behaviour log-prob of the sampled token), `capped` (share of tokens),
-    `teacher_top1` (the student's likeliest token is the teacher's), `student_tail` and `teacher_tail` (mass outside of
-    the support).
+    `mismatch` and `mismatch_abs` (student minus behaviour log-prob of the sampled token), `capped` (share of tokens
+    whose loss a cap has lowered), `teacher_top1` (the student's likeliest token is the teacher's), `student_tail` and
+    `teacher_tail` (mass outside of the support).
     """
 
     figures: Mapping[str, tuple[Tensor, Tensor]]
