@@ -8,6 +8,7 @@ import pytest
 from tests.stand_ins import Orders, workers
 from topd_ray.config.load import load_config
 from topd_ray.errors import RolloutError, RunInterrupted
+from topd_ray.metrics.step_lines import read_lines
 from topd_ray.pipeline import inline
 from topd_ray.pipeline.ledger import read_ledger
 from topd_ray.pipeline.plan import Plan, Say, plan_run
@@ -84,6 +85,22 @@ def test_an_epoch_ends_with_its_prompts_also_in_updates_of_another_size(
     report = read_ledger(tmp_path / "run" / "ledger.jsonl")
     assert (report.steps, report.faults, report.open) == (steps, (), 0)
     assert report.prompts == report.trained_once == {(3, 0): 39, (3, 2): 38}.get((prompts_per_step, staleness), 40)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_evaluations_and_checkpoints_are_no_time_that_workers_wait(
+    orders: Orders, tmp_path: Path, staleness: int
+) -> None:
+    for moment in ("rollout-evaluate", "learner0-save"):
+        orders(moment, "pause")
+    go(
+        tmp_path,
+        *("run.steps=4", "run.checkpoint_every=1", f"pipeline.max_staleness={staleness}"),
+        *("data.heldout=arithmetic", "evaluation.num_prompts=5", "evaluation.every=1"),
+    )
+    lines = list(read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert sum(line.get("seconds/evaluation", 0.0) for line in lines) > 5.0
+    assert sum(line.get("waiting/rollout", 0.0) for line in lines) < 2.5
 
 
 def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:

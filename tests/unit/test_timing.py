@@ -50,6 +50,24 @@ def test_idle_time_is_the_mean_over_the_workers() -> None:
     assert idle.take() == (2.0 + 1.0 + 2.0 + 2.0) / 4
 
 
+def test_idle_time_leaves_out_a_pause() -> None:
+    clock = Clock()
+    idle = IdleTime(2, clock)
+    clock.now += 50.0
+    idle.go_on()
+    clock.now += 1.0
+    idle.pause()
+    clock.now += 50.0
+    idle.go_on()
+    clock.now += 2.0
+    idle.busy(0)
+    clock.now += 4.0
+    assert idle.take() == (3.0 + 7.0) / 2
+    clock.now += 50.0
+    idle.go_on()
+    assert idle.take() == 0.0
+
+
 def test_gauges_count_from_update_to_update() -> None:
     clock = Clock()
     figures = Gauges(num_rollouts=2, num_teachers=1, clock=clock)

@@ -121,7 +121,11 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("queue/teacher", "", "Trajectories that wait for a teacher worker."),
         Figure("queue/buffer", "", "Guided trajectories that wait for the learner."),
         Figure("queue/bytes", "bytes", "Their size, which buffer.max_bytes bounds."),
-        Figure("waiting/rollout", "seconds", "Time a rollout worker had nothing to do, mean."),
+        Figure(
+            "waiting/rollout",
+            "seconds",
+            "Time a rollout worker had nothing to do, mean; here and below without evaluations and checkpoints.",
+        ),
         Figure("waiting/teacher", "seconds", "Time a teacher worker had nothing to do, mean."),
         Figure("waiting/learner", "seconds", "Time the learner had nothing to do."),
         Figure("staleness/mean", "", "Versions between the policy that wrote a trajectory and the learner's, mean."),

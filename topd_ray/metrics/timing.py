@@ -60,10 +60,18 @@ class IdleTime:
     def idle(self, worker: int) -> None:
         self._idle_since.setdefault(worker, self._clock())
 
+    def pause(self) -> None:
+        """Leave out what comes from now on, until `go_on`."""
+        now = self._clock()
+        self._seconds += sum(now - since for since in self._idle_since.values())
+        self._idle_since = dict.fromkeys(self._idle_since, now)
+
+    def go_on(self) -> None:
+        """Leave out what came since the last `pause` or `take`, or since the beginning."""
+        self._idle_since = dict.fromkeys(self._idle_since, self._clock())
+
     def take(self) -> float:
         """Mean over the workers since the last call (seconds)."""
-        now = self._clock()
-        seconds = self._seconds + sum(now - since for since in self._idle_since.values())
-        self._seconds = 0.0
-        self._idle_since = dict.fromkeys(self._idle_since, now)
+        self.pause()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds / self._num_workers

@@ -99,6 +99,7 @@ class Flow:
 
     def update(self) -> Update:
         """Go on until one more update is made; a synchronous run also until all workers serve the new policy."""
+        self._gauges.go_on()
         self._gauges.watch.start("rollout_and_look_ahead")
         while self._trained is None or (self._max_staleness == 0 and not self._writing.all_serve(self._version)):
             if self._trained is None:
@@ -142,8 +143,10 @@ class Flow:
 
     def drain(self) -> None:
         """Wait until no engine has anything to do and all serve the newest policy, as an evaluation wants it."""
+        self._gauges.go_on()
         while self._writing.num_writing or not self._guiding.is_idle or not self._writing.all_serve(self._version):
             self._listen()
+        self._gauges.pause()
 
     # What is decided
 

@@ -29,6 +29,16 @@ class Gauges:
     def idle(self, role: str, worker: int) -> None:
         self._idle[role].idle(worker)
 
+    def pause(self) -> None:
+        """Nobody waits from now on: workers evaluate or save, or stand by while others do."""
+        for idle in self._idle.values():
+            idle.pause()
+
+    def go_on(self) -> None:
+        """Leave out the time since the last `pause` or `take`."""
+        for idle in self._idle.values():
+            idle.go_on()
+
     def count_tokens(self, role: str, number: int) -> None:
         """Response tokens that a worker of `role` is done with."""
         self._tokens[f"{role}/tokens"] += number
