@@ -103,6 +103,16 @@ def test_evaluations_and_checkpoints_are_no_time_that_workers_wait(
     assert sum(line.get("waiting/rollout", 0.0) for line in lines) < 2.5
 
 
+def test_what_is_written_before_an_evaluation_takes_its_time(orders: Orders, tmp_path: Path) -> None:
+    """Each of 40 trajectories takes a fifth of a second, many of them while the engines are drained."""
+    for prompt in planned(tmp_path, print).train:
+        orders(f"rollout-write-{prompt.prompt_id}", "pause")
+    evaluation = "data.heldout=arithmetic", "evaluation.num_prompts=1", "evaluation.every=1"
+    go(tmp_path, "pipeline.max_staleness=1", "rollout.samples_per_prompt=1", *evaluation)
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "seconds/step" in line]
+    assert sum(line["seconds/step"] for line in lines) >= 40 * 0.2
+
+
 def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:
     orders("teacher-setup", "raise RolloutError: no such model")
     with pytest.raises(RolloutError, match=r"^no such model$"):

@@ -160,6 +160,7 @@ class Session:
         self._tasks = plan.tasks
         self._distances = plan.distances
         self._started = time.monotonic() - plan.state.seconds
+        self._watch = Stopwatch()
         self._saved_step = plan.state.step if plan.learner_folder else -1
 
     def train(self) -> RunState:
@@ -238,16 +239,16 @@ class Session:
                 progress.update()
                 progress.set_postfix({"loss": f"{metrics['loss/total']:.3f}"})
                 if self._due(self._config.evaluation.every) and self._state.step < total:
-                    self._flow.drain()
+                    with self._watch.time("step"):  # the next one, whose trajectories are written here
+                        self._flow.drain()
                     self._evaluate(f"step_{self._state.step}")
                 if self._due(self._config.run.checkpoint_every):
                     self._save()
 
     def _step(self) -> dict[str, float]:
         """One update; the state changes only once it is complete, so that an interrupted one is simply made again."""
-        watch = Stopwatch()
         payload_bytes = self._fleet.traffic.payload_bytes
-        with watch.time("step"):
+        with self._watch.time("step"):
             update = self._flow.update()
         num_tokens = sum(item.num_tokens for item in update.items)
         self._distances.update(distance for item in update.items for distance in item.distances)
@@ -261,7 +262,7 @@ class Session:
             driver_payload_bytes=self._state.driver_payload_bytes + self._fleet.traffic.payload_bytes - payload_bytes,
             seconds=time.monotonic() - self._started,
         )
-        values = reduce([*update.metrics, *watch.metrics(), *self._run_metrics()])
+        values = reduce([*update.metrics, *self._watch.take(), *self._run_metrics()])
         seconds = values["seconds/step"]
         values["throughput/trained_tokens_per_second"] = num_tokens / seconds
         values["throughput/learner_tokens_per_second"] = num_tokens / values["seconds/learn"]
