@@ -113,6 +113,13 @@ def test_what_is_written_before_an_evaluation_takes_its_time(orders: Orders, tmp
     assert sum(line["seconds/step"] for line in lines) >= 40 * 0.2
 
 
+def test_the_threshold_of_an_update_is_the_one_its_windows_met(orders: Orders, tmp_path: Path) -> None:
+    """All distances are 0.1, and before the first update there are none."""
+    go(tmp_path, "run.steps=3")
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "seconds/step" in line]
+    assert [line["near_future/threshold"] for line in lines] == pytest.approx([0.0, 0.1, 0.1])
+
+
 def test_what_was_loaded_is_shut_down_when_another_worker_cannot_be(orders: Orders, tmp_path: Path) -> None:
     orders("teacher-setup", "raise RolloutError: no such model")
     with pytest.raises(RolloutError, match=r"^no such model$"):

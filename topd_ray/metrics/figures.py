@@ -101,7 +101,7 @@ _SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("near_future/windows", "", "Windows of a trajectory, mean."),
         Figure("near_future/distance", "", "Transport distance of both futures (cost: 1 - cosine), mean over windows."),
         Figure("near_future/divergent", "ratio", "Share of windows whose distance exceeds the threshold."),
-        Figure("near_future/threshold", "", "That threshold: a quantile of the latest distances."),
+        Figure("near_future/threshold", "", "That threshold: a quantile of the latest distances before the update."),
         Figure("near_future/capped_tokens", "ratio", "Share of response tokens that objective.cap chose to cap."),
     ),
     "Time and throughput": (

@@ -251,6 +251,7 @@ class Session:
         with self._watch.time("step"):
             update = self._flow.update()
         num_tokens = sum(item.num_tokens for item in update.items)
+        threshold = Metric(key="near_future/threshold", sum=self._distances.value)  # that the update's windows met
         self._distances.update(distance for item in update.items for distance in item.distances)
         self._state = replace(
             self._state,
@@ -262,7 +263,7 @@ class Session:
             driver_payload_bytes=self._state.driver_payload_bytes + self._fleet.traffic.payload_bytes - payload_bytes,
             seconds=time.monotonic() - self._started,
         )
-        values = reduce([*update.metrics, *self._watch.take(), *self._run_metrics()])
+        values = reduce([*update.metrics, threshold, *self._watch.take(), *self._run_metrics()])
         seconds = values["seconds/step"]
         values["throughput/trained_tokens_per_second"] = num_tokens / seconds
         values["throughput/learner_tokens_per_second"] = num_tokens / values["seconds/learn"]
@@ -279,7 +280,6 @@ class Session:
             Metric(key="run/policy_version", sum=self._state.policy_version),
             Metric(key="run/driver_payload_bytes", sum=self._state.driver_payload_bytes),
             Metric(key="run/driver_message_bytes", sum=self._fleet.traffic.message_bytes),
-            Metric(key="near_future/threshold", sum=self._distances.value),
             Metric(key="faults/restarts_learner", sum=self._setbacks.budget.num_spent),
         ]
 
