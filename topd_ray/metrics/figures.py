@@ -60,16 +60,18 @@ def _evaluation(model: str, *, sampled: bool = False) -> Iterable[Figure]:
     yield Figure(f"{prefix}/pass_at_1_low", "ratio", "Lower end of its 95 % bootstrap interval over prompts.")
     yield Figure(f"{prefix}/pass_at_1_high", "ratio", "Upper end of that interval.")
     yield Figure(f"{prefix}/answer_tokens", "tokens", "Mean length of an answer.")
-    yield Figure(f"{prefix}/cut_by_length", "ratio", "Share of answers that reached rollout.max_new_tokens.")
+    yield Figure(f"{prefix}/cut_by_length", "ratio", "Share of answers that reached evaluation.max_new_tokens.")
 
 
 _SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Progress": (
         STEP,
         Figure("run/trained_tokens", "tokens", "Response tokens the learner has seen, all sessions of the run."),
-        Figure("run/policy_version", "", "Version of the weights that the rollout engines serve."),
+        Figure("run/policy_version", "", "Version of the weights that the update made."),
         Figure("run/driver_payload_bytes", "bytes", "Arrays and Arrow buffers that came to the driver: 0."),
-        Figure("run/driver_message_bytes", "bytes", "Counts, handles and metrics that came to the driver."),
+        Figure(
+            "run/driver_message_bytes", "bytes", "Counts, handles and metrics that came since workers were started."
+        ),
     ),
     "Loss": (
         Figure("loss/total", "nats", "What is minimised: L_OPD + objective.guidance_weight x L_traj."),
