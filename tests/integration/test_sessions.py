@@ -15,6 +15,7 @@ from tests.stand_ins import Orders
 from topd_ray.actors.fleet import RayFleet
 from topd_ray.config.load import load_config
 from topd_ray.errors import RunInterrupted, TeacherError, TopdError, WorkerLostError
+from topd_ray.metrics.step_lines import read_lines
 from topd_ray.pipeline.checkpoint import RunState
 from topd_ray.pipeline.ledger import read_ledger
 from topd_ray.pipeline.plan import plan_run
@@ -163,6 +164,28 @@ def test_an_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(
     _, said = go(*overrides)
     assert any(line == f"resumed at update {stopped_at} of 10" for line in said)
     assert_each_trained_once(tmp_path / "run")
+
+
+def test_an_evaluation_that_an_interrupt_broke_off_is_made_when_the_run_goes_on(
+    go: Go, orders: Orders, tmp_path: Path
+) -> None:
+    def interrupt() -> None:
+        while not (orders.folder / "rollout-evaluate.done").exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluation = ("evaluation.every=5", "evaluation.before=false", "data.arithmetic.num_heldout=4")
+    orders("rollout-evaluate", "once wait end")
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    with pytest.raises(RunInterrupted, match="stopped by SIGTERM"):
+        go("data.heldout=arithmetic", *evaluation)
+    thread.join()
+    orders("end")
+    for _ in range(2):
+        go("data.heldout=arithmetic", *evaluation)
+        lines = read_lines(tmp_path / "run" / "answers.jsonl")
+        assert [line["step"] for line in lines if line["key"] == "step_5"] == [5]
 
 
 def test_errors_of_the_config_while_workers_start_stay_what_they_are(go: Go, orders: Orders, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topd_ray.metrics.sinks import Sinks
-from topd_ray.metrics.step_lines import StepLines
+from topd_ray.metrics.step_lines import StepLines, read_lines
 from topd_ray.pipeline.flow import Update
 from topd_ray.pipeline.ledger import Ledger
 from topd_ray.pipeline.plan import Plan
@@ -22,6 +22,8 @@ class Books:
     ledger: Ledger
     answers: StepLines
     """which answers of every evaluation were right"""
+    answered: frozenset[str]
+    """keys of the evaluations of earlier sessions"""
     quarantine: Path
     """written only where something is put into it"""
 
@@ -31,6 +33,7 @@ class Books:
         quarantine = folder / "quarantine.jsonl"
         if quarantine.exists():
             StepLines(quarantine, step).close()
+        answers = StepLines(folder / "answers.jsonl", step)
         return cls(
             sinks=open_sinks(plan.config, resume_step=step),
             ledger=Ledger.open(
@@ -39,7 +42,8 @@ class Books:
                 num_prompts=len(plan.train),
                 samples_per_prompt=plan.config.rollout.samples_per_prompt,
             ),
-            answers=StepLines(folder / "answers.jsonl", step),
+            answers=answers,
+            answered=frozenset(line["key"] for line in read_lines(folder / "answers.jsonl")),
             quarantine=quarantine,
         )
 

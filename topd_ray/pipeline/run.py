@@ -232,16 +232,14 @@ class Session:
 
     def _train_steps(self) -> None:
         total = self._plan.total_updates
+        self._evaluate_on_the_way()  # the session before may have been interrupted in it
         with tqdm(total=total, initial=self._state.step, unit="update", disable=None, smoothing=0.1) as progress:
             while self._state.step < total:
                 self._interrupt.check()
                 metrics = self._step()
                 progress.update()
                 progress.set_postfix({"loss": f"{metrics['loss/total']:.3f}"})
-                if self._due(self._config.evaluation.every) and self._state.step < total:
-                    with self._watch.time("step"):  # the next one, whose trajectories are written here
-                        self._flow.drain()
-                    self._evaluate(f"step_{self._state.step}")
+                self._evaluate_on_the_way()
                 if self._due(self._config.run.checkpoint_every):
                     self._save()
 
@@ -299,6 +297,15 @@ class Session:
         if wanted and self._plan.heldout and key not in self._state.accuracy:
             accuracy = {**self._state.accuracy, key: self._evaluate(key).mean}
             self._state = replace(self._state, accuracy=accuracy)
+
+    def _evaluate_on_the_way(self) -> None:
+        """If it is due at this update, and was not made by an earlier session."""
+        step, key = self._state.step, f"step_{self._state.step}"
+        is_on_the_way = 0 < step < self._plan.total_updates and self._due(self._config.evaluation.every)
+        if is_on_the_way and key not in self._books.answered:
+            with self._watch.time("step"):  # the next one, whose trajectories are written here
+                self._flow.drain()
+            self._evaluate(key)
 
     def _evaluate(self, key: str) -> PassAt1:
         model = "teacher" if key == "teacher" else "student"
