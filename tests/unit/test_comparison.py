@@ -187,13 +187,18 @@ def test_the_tables_and_the_pictures(opd: list[Floats], tmp_path: Path) -> None:
 
 
 def write_run(folder: Path) -> None:
-    """Two updates, an evaluation between them, and one of answers drawn twice a prompt; prompts are three."""
-    update = {"rollout/tokens": 40, "rollout/response_tokens": 10.0, "near_future/windows": 2.5, "teacher/tokens": 40}
+    """Two updates, an evaluation between them, and one of answers drawn twice a prompt; prompts are three.
+
+    All is written before the first update, and half of it guided then.
+    """
+    guided = {"rollout/response_tokens": 10.0, "teacher/tokens": 40}
+    first = {"rollout/tokens": 80, "near_future/windows": 2.5, **guided}
+    second = {"rollout/tokens": 0, "near_future/windows": 1.5, **guided}
     metrics = [
         {"step": 0, "evaluation/student/pass_at_1": 0.0},
-        {"step": 1, "run/trained_tokens": 40, "seconds/step": 1.5, **update},
+        {"step": 1, "run/trained_tokens": 40, "seconds/step": 1.5, **first},
         {"step": 1, "evaluation/student/pass_at_1": 0.3},
-        {"step": 2, "run/trained_tokens": 90, "seconds/step": 2.0, **update},
+        {"step": 2, "run/trained_tokens": 90, "seconds/step": 2.0, **second},
     ]
     answers = [
         {"step": 0, "key": "teacher", "correct": ["111"]},
@@ -215,7 +220,7 @@ def test_a_run_folder_is_placed_on_updates_tokens_and_seconds(tmp_path: Path) ->
     assert [(one.step, one.tokens, one.seconds) for one in found.curve] == [(0, 0, 0.0), (1, 40, 1.5), (2, 90, 3.5)]
     assert [one.marks_P.tolist() for one in found.curve] == [[0, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert found.sampled_before_P.tolist() == [0, 0, 0.5] and found.sampled_after_P.tolist() == [0, 0.5, 1]
-    assert (found.scored_tokens, found.num_windows, found.teacher) == (80, 20, 1.0)
+    assert (found.scored_tokens, found.num_windows, found.teacher) == (80, 16, 1.0)
     assert found.at(65).tolist() == [0, 1, 0.5] and found.at(40).tolist() == [0, 1, 0]
     assert found.at(39) is None, "a straight line from the untrained student tells nothing"
 

@@ -121,9 +121,9 @@ def _total(updates: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def _windows(updates: Sequence[dict[str, Any]]) -> float:
-    """near_future/windows is a mean over the trajectories of an update, rollout/response_tokens their mean length."""
-    guided = [line for line in updates if line.get("near_future/windows") and line["rollout/tokens"]]
-    windows = (one["near_future/windows"] * one["rollout/tokens"] / one["rollout/response_tokens"] for one in guided)
+    """near_future/windows is a mean over trajectories guided meanwhile, rollout/response_tokens their mean length."""
+    guided = [line for line in updates if line.get("near_future/windows")]
+    windows = (one["near_future/windows"] * one["teacher/tokens"] / one["rollout/response_tokens"] for one in guided)
     return float(sum(windows))
 
 
