@@ -106,8 +106,8 @@ def test_a_base_student_that_would_write_on_after_the_teachers_end(tmp_path: Pat
     student = ending_with_endoftext(tmp_path / "student", generation={"eos_token_id": 0})
     assert refusal(student, teacher) == (
         f"student.model={student.model} stops at the tokens [0], teacher.model={teacher.model} at [2]; right would be "
-        "a token in common (eos_token_id in the student's generation_config.json may be a list), so that both end an "
-        "answer alike"
+        "a token in common, so that both end an answer alike: eos_token_id in the generation_config.json of the "
+        "student, or of a copy, may be a list"
     )
     check_same_vocabulary(ending_with_endoftext(tmp_path / "told", generation={"eos_token_id": [0, 2]}), teacher)
     check_same_vocabulary(teacher, student)

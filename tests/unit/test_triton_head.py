@@ -36,8 +36,12 @@ pointers = {
     kernels._peaks_and_sums: {"peaks_SN": "*fp32", "sums_SN": "*fp32"},
     kernels._to_gradient: {"peak_N": "*fp32", "weight_N": "*fp32"},
 }
+sizes = {
+    kernels._peaks_and_sums: (kernels.SUM_BLOCK_V, kernels.SUM_BLOCK_N),
+    kernels._to_gradient: (kernels.BLOCK_V, kernels.BLOCK_N),
+}
 for kernel, outputs in pointers.items():
-    constants = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK_V": kernels.BLOCK_V, "BLOCK_N": kernels.BLOCK_N}
+    constants = dict(zip(("BLOCK_V", "BLOCK_N"), sizes[kernel]), HAS_BIAS=True, HAS_SOFTCAP=True)
     if kernel is kernels._peaks_and_sums:
         constants["SHARE_ROWS"] = kernels.SHARE_ROWS
     signature = {"products_VN": "*bf16", "bias_V": "*fp32", **outputs, **numbers}

@@ -255,10 +255,11 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass."""
     logits_chunk_tokens: PositiveInt | None = None
     """Tokens whose logits exist at once while the loss is computed; unset, an eighth of a micro-batch's, at most 1,024,
-    or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more."""
+    or what 48 MiB (on GPUs 512 MiB) of float32 hold if that is more. Triton's are of the product's dtype: a fifth, at
+    most 2,048, or what 512 MiB hold."""
     loss_kernel: Literal["torch", "triton"] = "torch"
-    """What reads and writes these logits: torch, or on a GPU Triton kernels, which took half the time for the same loss
-    on one H200 (bench/README.md); no whole run with them has been seen there."""
+    """What reads and writes these logits: torch, or on a GPU Triton kernels, which took a third of the time for the
+    same loss on one H200 (bench/README.md); no whole run with them has been seen there."""
 
     @property
     def micro_batch_budget(self) -> int:

@@ -115,8 +115,8 @@ def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
     if not {*ends} & {*of_student.eos_ids}:
         raise ConfigError(
             f"student.model={student.model} stops at the tokens {list(of_student.eos_ids)}, "
-            f"teacher.model={teacher.model} at {list(ends)}; right would be a token in common (eos_token_id in the "
-            "student's generation_config.json may be a list), so that both end an answer alike"
+            f"teacher.model={teacher.model} at {list(ends)}; right would be a token in common, so that both end "
+            "an answer alike: eos_token_id in the generation_config.json of the student, or of a copy, may be a list"
         )
 
 

@@ -118,7 +118,7 @@ class Head:
             first = free
         others = max(num_rows - first, 1)
         # None of these is much smaller than the rest: each reads the whole weight.
-        size = _ceil(_ceil(others, _ceil(others, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        size = ceil_div(ceil_div(others, ceil_div(others, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         edges = [*([0] if first else []), *range(first, max(num_rows, 1), size), num_rows]
         return [slice(start, stop) for start, stop in pairwise(edges)]
 
@@ -246,7 +246,7 @@ class WeightGradient:
     def __init__(self, weight_VD: Tensor, dtype: torch.dtype, num_vocabulary: int) -> None:
         """Room for it; rows from `num_vocabulary` on are zeros, the others what is first added to them."""
         num_rows, width = weight_VD.shape
-        size = _ceil(num_rows, 2) if dtype.itemsize == 2 * weight_VD.dtype.itemsize else num_rows
+        size = ceil_div(num_rows, 2) if dtype.itemsize == 2 * weight_VD.dtype.itemsize else num_rows
         self._shape, self._dtype = weight_VD.shape, weight_VD.dtype
         self._starts = range(0, num_rows, size)
         self._parts = [weight_VD.new_empty((min(size, num_rows - start), width), dtype=dtype) for start in self._starts]
@@ -331,5 +331,5 @@ def add_product(sum_: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = 
         sum_.add_(left @ right)
 
 
-def _ceil(number: int, divisor: int) -> int:
+def ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)

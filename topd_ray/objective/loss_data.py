@@ -46,7 +46,7 @@ class LossSpec:
     logit_softcap: float | None = None
     """cap in cap * tanh(logit / cap), applied before the temperature (Gemma 2)"""
     chunk_tokens: int | None = None
-    """tokens whose logits exist at once; unset, an eighth of all, or what some bytes hold if that is more (`head`)"""
+    """tokens whose logits exist at once; unset, a part of all, or what some bytes hold if that is more (`head`)"""
     kernel: Literal["torch", "triton"] = "torch"
     """what reads and writes a chunk's logits; triton needs the package and a GPU"""
 

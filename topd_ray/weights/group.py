@@ -2,8 +2,8 @@
 
 It is made on a store of its own and is not torch's default group, which the learner ranks (DeepSpeed) and the engines
 (vLLM) use for themselves. The NCCL side, written against torch 2.13's ProcessGroupNCCL, has run on one H200, beside
-DeepSpeed's communicator of one rank and a vLLM engine, also when members left between two broadcasts. What happens when
-one dies or hangs in the middle of a broadcast has not been seen to go well yet (docs/weights.md).
+DeepSpeed's communicator of one rank and a vLLM engine, also when members left between two broadcasts or died, failed or
+hung in the middle of one; never between several GPUs or hosts (docs/weights.md).
 """
 
 import logging
