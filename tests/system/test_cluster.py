@@ -35,6 +35,12 @@ SMALL = (
 )
 WORKERS = ("rollout", "teacher", "learner")
 BROADCAST = ("weights.channel=broadcast", "resources.gpus_per_learner=0", "resources.gpus_per_rollout=0")
+STOP_ONCE_IT_WAITS = """
+said=$(mktemp); "$@" > "$said" & run=$!
+for _ in {1..1000}; do grep -q "starting the workers" "$said" && break; sleep 0.1; done
+sleep 2; kill -TERM $run; wait $run; code=$?
+cat "$said"; rm "$said"; exit $code
+"""
 PLACED = tuple(f"resources.{role}_nodes={{topd/role: {role}}}" for role in WORKERS)
 
 pytestmark = [pytest.mark.slow, pytest.mark.lan]
@@ -203,7 +209,7 @@ def test_a_cluster_that_is_too_small(cluster: Cluster, override: str, message: s
 def test_waiting_for_nodes_can_be_stopped(cluster: Cluster) -> None:
     said = [f"resources.gpus_per_{role}=0" for role in WORKERS]
     waiting = cluster.command("waits", *said, "resources.wait_seconds=600", "resources.teacher_nodes={topd/role: none}")
-    done = cluster.on_head("timeout", "--preserve-status", "--signal=TERM", "12", *waiting)
+    done = cluster.on_head("bash", "-c", STOP_ONCE_IT_WAITS, "bash", *waiting)
     assert done.returncode == 128 + 15, done.stdout
     assert "starting the workers" in done.stdout and "stopped by SIGTERM" in done.stdout
 

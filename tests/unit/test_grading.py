@@ -45,6 +45,12 @@ def test_arithmetic() -> None:
         ("\\boxed{\\$32,348}", "\\$32,348", True),
         ("\\boxed{1.25}", "\\$1.25", True),
         ("\\boxed{1.26}", "\\$1.25", False),
+        (
+            "\\boxed{\\begin{pmatrix} 1 \\\\[4pt] 2 \\end{pmatrix}}",
+            "\\begin{pmatrix} 1 \\\\[4pt] 2 \\end{pmatrix}",
+            True,
+        ),
+        ("\\boxed{2}", "\\begin{pmatrix} 1 \\\\[4pt] 2 \\end{pmatrix}", False),
         ("\\boxed{8}", "7", False),
         ("I do not know", "7", False),
         ("", "7", False),

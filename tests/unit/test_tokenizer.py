@@ -8,6 +8,7 @@ from typing import Any
 import mistral_common
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
 from topd_ray.config.schema import ModelConfig, TeacherConfig
 from topd_ray.data.tokenizer import Vocabulary, check_same_vocabulary, load_tokenizer, read_vocabulary
@@ -105,12 +106,21 @@ def test_a_base_student_that_would_write_on_after_the_teachers_end(tmp_path: Pat
     teacher = model(tmp_path / "teacher", generation={"eos_token_id": [2, 0]})
     student = ending_with_endoftext(tmp_path / "student", generation={"eos_token_id": 0})
     assert refusal(student, teacher) == (
-        f"student.model={student.model} stops at the tokens [0], teacher.model={teacher.model} at [2]; right would be "
-        "a token in common, so that both end an answer alike: eos_token_id in the generation_config.json of the "
-        "student, or of a copy, may be a list"
+        f"student.model={student.model} stops at the tokens [0], teacher.model={teacher.model} ends an answer with [2]"
+        "; right would be a token in common: eos_token_id in the generation_config.json of the student, or of a copy, "
+        "may be a list"
     )
     check_same_vocabulary(ending_with_endoftext(tmp_path / "told", generation={"eos_token_id": [0, 2]}), teacher)
     check_same_vocabulary(teacher, student)
+
+
+def test_a_teacher_whose_texts_end_otherwise_than_its_turns(tmp_path: Path) -> None:
+    """As those of Gemma do."""
+    teacher = ending_with_endoftext(tmp_path / "teacher", generation={"eos_token_id": [0, 2]})
+    check_same_vocabulary(model(tmp_path / "student"), teacher)
+    assert "ends an answer with [2]" in refusal(ending_with_endoftext(tmp_path / "base"), teacher)
+    (tmp_path / "teacher" / "chat_template.jinja").write_text("{{ raise_exception('no template') }}")
+    check_same_vocabulary(ending_with_endoftext(tmp_path / "other"), teacher)
 
 
 def test_folders_without_a_tokenizer_or_a_config(tmp_path: Path) -> None:
@@ -159,3 +169,20 @@ def test_a_mistral_in_both_formats(tmp_path: Path) -> None:
     check_same_vocabulary(both, both.model_copy(update={"top_k": 8}))
     assert load_tokenizer(both).get_vocab() == build_tokenizer().get_vocab()
     assert load_tokenizer(both).chat_template
+
+
+def test_a_mistral_whose_tokenizer_json_splits_text_wrongly(tmp_path: Path) -> None:
+    """As those of Mistral do that transformers warns of; tekken.json beside it knows better."""
+    source = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+    converted = convert_tekken_tokenizer(str(source), chat_template="{{ messages }}")
+    split = converted.backend_tokenizer.pre_tokenizer.pre_tokenize_str("fooBar 123")
+    converted.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    written["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r" ?\p{L}+|\p{N}{1,3}|\s+"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    shutil.copy(source, tmp_path / "tekken.json")
+    config = {"model_type": "mistral", "vocab_size": len(converted), "transformers_version": "4.50.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded: Any = load_tokenizer(ModelConfig(model=str(tmp_path)))
+    assert [part for part, _ in split] == ["foo", "Bar", "Ġ", "1", "2", "3"]
+    assert loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str("fooBar 123") == split

@@ -1,7 +1,10 @@
 """Tokenizers, and the proof that student and teacher mean the same by a token id."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd_ray.config.model_folder import is_local
@@ -32,11 +35,9 @@ def load_tokenizer(model: ModelConfig) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model.model,
-            mistral_format=False,  # a tekken.json beside tokenizer.json would be taken, without its chat template
-            **_source(model),
-        )
+        # Of Mistral's two formats tekken.json would be taken, without a chat template; it splits text as it should be.
+        mistral = {"mistral_format": False, **({"fix_mistral_regex": True} if _file(model, "tekken.json") else {})}
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.model, **mistral, **_source(model))
         if _has_lost_bytes(tokenizer, model):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(model.model, **_source(model))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
@@ -49,20 +50,25 @@ def _has_lost_bytes(tokenizer: "PreTrainedTokenizerBase", model: ModelConfig) ->
 
     It does where a byte-level tokenizer says it is a LlamaTokenizer, as DeepSeek's do: spaces would be lost.
     """
-    from tokenizers import Tokenizer
-    from transformers.utils import cached_file
-
     own = getattr(tokenizer, "backend_tokenizer", None)
     if own is None or "ByteLevel" in repr(own.decoder):
         return False
+    path = _file(model, "tokenizer.json")
+    return path is not None and "ByteLevel" in json.dumps(json.loads(path.read_bytes()).get("decoder"))
+
+
+def _file(model: ModelConfig, name: str) -> Path | None:
+    """A file of the model, if it has one of this name."""
+    from transformers.utils import cached_file
+
     path = cached_file(
         model.model,
-        "tokenizer.json",
+        name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **_source(model),
     )
-    return path is not None and "ByteLevel" in repr(Tokenizer.from_file(path).decoder)
+    return None if path is None else Path(path)
 
 
 def read_vocabulary(model: ModelConfig) -> Vocabulary:
@@ -111,13 +117,28 @@ def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
             f"teacher.top_k: found {teacher.top_k}, right would be at most the vocabulary of {of_student.size} "
             "(or full)"
         )
-    ends = _as_list(teacher_tokenizer.eos_token_id) or of_teacher.eos_ids  # what it ends its own turns with
+    ends = _ends_of_turns(teacher_tokenizer, of_teacher)
     if not {*ends} & {*of_student.eos_ids}:
         raise ConfigError(
             f"student.model={student.model} stops at the tokens {list(of_student.eos_ids)}, "
-            f"teacher.model={teacher.model} at {list(ends)}; right would be a token in common, so that both end "
-            "an answer alike: eos_token_id in the generation_config.json of the student, or of a copy, may be a list"
+            f"teacher.model={teacher.model} ends an answer with {list(ends)}; right would be a token in common: "
+            "eos_token_id in the generation_config.json of the student, or of a copy, may be a list"
         )
+
+
+def _ends_of_turns(tokenizer: "PreTrainedTokenizerBase", vocabulary: Vocabulary) -> tuple[int, ...]:
+    """The token that the chat template writes behind an answer; all that the model stops at where it has none."""
+    from jinja2 import TemplateError
+
+    question, answer = {"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}
+    try:
+        asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+        answered = tokenizer.apply_chat_template([question, answer], return_dict=False)
+    except (TemplateError, ValueError, TypeError, KeyError):  # no template, or one that wants another conversation
+        return vocabulary.eos_ids
+    num_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, answered, strict=False)))
+    ends = (token_id for token_id in answered[num_alike:] if token_id in vocabulary.eos_ids)
+    return tuple(ends)[:1] or vocabulary.eos_ids
 
 
 def _differences(student: Mapping[str, int], teacher: Mapping[str, int]) -> list[str]:
@@ -160,7 +181,9 @@ def _config_eos(model: ModelConfig) -> tuple[Any, Any]:
     """What config.json itself says, of the whole model and of its text part; a class's default is no token of it."""
     from transformers import PretrainedConfig
 
-    written, _ = PretrainedConfig.get_config_dict(model.model, **_source(model))
+    source = _source(model)
+    del source["trust_remote_code"]  # it only reads
+    written, _ = PretrainedConfig.get_config_dict(model.model, **source)
     return written.get("eos_token_id"), (written.get("text_config") or {}).get("eos_token_id")
 
 

@@ -6,6 +6,7 @@ Until it is ready its standard error goes to the parent, which shows it if the c
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 
@@ -15,14 +16,15 @@ _PATIENT_SECONDS = 3
 """Time for each of three stages: parsing the answer, parsing the response, comparing."""
 _LAST_SECONDS = 12
 """After this the process ends, even within one long operation on integers."""
+_MARKED = re.compile(r"(?<!\\)(?:\$|\\\[|\\boxed)")
+"""Marks of mathematics, and not \\$, which is money, or \\\\[4pt], which ends a row."""
 
 
 def is_right(response: str, answer: str) -> bool:
     """Whether math-verify finds the value of `answer` in `response`; False for what it cannot parse in time."""
     if not answer.strip():
         return False
-    written = answer.replace("\\$", "")  # that is money
-    expected = answer if any(mark in written for mark in ("$", "\\[", "\\boxed")) else f"${answer}$"
+    expected = answer if _MARKED.search(answer) else f"${answer}$"
     return bool(
         verify(
             parse(expected, parsing_timeout=_PATIENT_SECONDS),

@@ -77,7 +77,7 @@ def plan_run(config: TopdConfig, say: Say) -> Plan:
         config=config,
         train=loaded.prompts,
         heldout=load_heldout(config, tokenizer, say, begun),
-        total_updates=_total_updates(config, len(loaded.prompts), tasks, state.step, say),
+        total_updates=_total_updates(config, len(loaded.prompts), tasks, state, say),
         tasks=tasks,
         reopened=tuple(reopened),
         distances=distances,
@@ -113,13 +113,19 @@ def _say_skipped(num_skipped: int, source: str, config: TopdConfig, say: Say) ->
         say(f"{source}: skipped {num_skipped} prompts of more than {config.data.max_prompt_tokens} tokens")
 
 
-def _total_updates(config: TopdConfig, num_prompts: int, tasks: Tasks, num_made: int, say: Say) -> int:
-    """`run.steps`, or after `num_made` updates those of what is open and of the prompts that `run.epochs` has left."""
+def _total_updates(config: TopdConfig, num_prompts: int, tasks: Tasks, state: RunState, say: Say) -> int:
+    """`run.steps`, or those of `run.epochs`.
+
+    After a checkpoint that was written with updates of another size these are the ones made, those of what is open,
+    and those of the prompts that the epochs have left.
+    """
     if config.run.steps is not None:
         return config.run.steps
+    if state.total_updates == num_prompts * config.run.epochs // config.rollout.prompts_per_step:
+        return state.total_updates
     num_left = max(num_prompts * config.run.epochs - tasks.position, 0)
     steps, unused = divmod(num_left, config.rollout.prompts_per_step)
-    total = num_made + math.ceil(len(tasks) / config.batch_size) + steps
+    total = state.step + math.ceil(len(tasks) / config.batch_size) + steps
     if total < 1:
         raise ConfigError(
             f"{num_prompts} training prompts do not fill one update of rollout.prompts_per_step="
