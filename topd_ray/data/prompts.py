@@ -10,10 +10,9 @@ from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
 from topd_ray.config.schema import DataConfig
 from topd_ray.data.rows import Row, read_rows
+from topd_ray.data.tokenizer import TEMPLATE_ERRORS
 from topd_ray.demo.arithmetic import generate
 from topd_ray.errors import DataError
 from topd_ray.types import Prompt
@@ -25,8 +24,6 @@ Split = Literal["train", "heldout"]
 Message = dict[str, Any]
 
 _BATCH = 1024
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a template can raise: jinja2's own errors, and those of the expressions in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +156,7 @@ def _tokenised(
     while batch := list(islice(iterator, _BATCH)):
         try:
             rendered = _apply_template([one.messages for one in batch], arguments, tokenizer)
-        except _TEMPLATE_ERRORS:
+        except TEMPLATE_ERRORS:
             rendered = [_apply_template_to_one(one, arguments, tokenizer) for one in batch]
         for conversation, token_ids in zip(batch, rendered, strict=True):
             if not token_ids:
@@ -185,7 +182,7 @@ def _apply_template_to_one(
 ) -> list[int]:
     try:
         return _apply_template([conversation.messages], arguments, tokenizer)[0]
-    except _TEMPLATE_ERRORS as error:
+    except TEMPLATE_ERRORS as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(
             f"{conversation.where}: the chat template of {tokenizer.name_or_path or 'the student'} fails on this row "

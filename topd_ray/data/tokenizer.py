@@ -7,6 +7,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from topd_ray.config.model_folder import is_local
 from topd_ray.config.schema import ModelConfig, TeacherConfig
 from topd_ray.errors import ConfigError
@@ -14,6 +16,8 @@ from topd_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a chat template can raise: jinja2's own errors, and those of the expressions in it."""
 _SHOWN = 3
 _ONE_TOKENIZER = "Right would be two models of one tokenizer"
 
@@ -101,7 +105,8 @@ def _vocabulary(model: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> Voc
 def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
     """Compare tokens, special tokens and embedding rows of two models, without loading a weight.
 
-    Raises ConfigError with the first tokens that differ, and for a teacher.top_k larger than the vocabulary.
+    Raises ConfigError with the first tokens that differ, for a teacher.top_k larger than the vocabulary, and for a
+    student that does not stop where the teacher ends an answer.
     """
     student_tokenizer, teacher_tokenizer = load_tokenizer(student), load_tokenizer(teacher)
     if differences := _differences(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()):
@@ -128,13 +133,11 @@ def check_same_vocabulary(student: ModelConfig, teacher: TeacherConfig) -> None:
 
 def _ends_of_turns(tokenizer: "PreTrainedTokenizerBase", vocabulary: Vocabulary) -> tuple[int, ...]:
     """The token that the chat template writes behind an answer; all that the model stops at where it has none."""
-    from jinja2 import TemplateError
-
     question, answer = {"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}
     try:
         asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
         answered = tokenizer.apply_chat_template([question, answer], return_dict=False)
-    except (TemplateError, ValueError, TypeError, KeyError):  # no template, or one that wants another conversation
+    except TEMPLATE_ERRORS:  # no template, or one that wants another conversation
         return vocabulary.eos_ids
     num_alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(asked, answered, strict=False)))
     ends = (token_id for token_id in answered[num_alike:] if token_id in vocabulary.eos_ids)

@@ -207,13 +207,6 @@ class RunningQuantile:
         """All there is to know, ready for JSON."""
         return {"quantile": self.quantile, "window": self.window, "distances": list(self._distances)}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "RunningQuantile":
-        """The quantile whose `state` this is."""
-        restored = cls(float(state["quantile"]), int(state["window"]))
-        restored.update(state["distances"])
-        return restored
-
 
 def cap_mask(
     positions_M: Values,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The fastest of those tried on one H200, in bfloat16.
+# Among the fastest of those tried on one H200, in bfloat16.
 BLOCK_V, BLOCK_N = 32, 128
 SUM_BLOCK_V, SUM_BLOCK_N = 256, 32
 # Rows that one program of `peaks_and_sums` goes through: enough programs to fill a GPU, few partial results.

@@ -249,9 +249,8 @@ class Session:
         with self._watch.time("step"):
             update = self._flow.update()
         num_tokens = sum(item.num_tokens for item in update.items)
-        threshold = Metric(
-            key="near_future/threshold", sum=self._distances.value
-        )  # in a synchronous run the one that its windows met
+        # Before the update's own distances: in a synchronous run, the one that its windows met.
+        threshold = Metric(key="near_future/threshold", sum=self._distances.value)
         self._distances.update(distance for item in update.items for distance in item.distances)
         self._state = replace(
             self._state,
